@@ -1,0 +1,50 @@
+# make demo | test | lint | clean. Each makes .venv first where it is missing or older than the pins.
+PYTHON ?= python3
+PYTEST_WORKERS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean distclean
+
+help:
+	@echo "make demo       run the whole story on the miniature model, on a CPU"
+	@echo "make test       run the tests (PYTEST_WORKERS=$(PYTEST_WORKERS))"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove caches and build products; make distclean also removes out/ and $(VENV)"
+
+install: $(STAMP)
+
+# One pip call with the constraints: the resolver never sees another torch than the pinned one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("QVD pins need Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt -e ".[diffusers,report,dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -m examples.demo
+
+# Two workers, each with one torch thread (tests/conftest.py): tiny models gain nothing from more threads,
+# and a worker per core would load torch and diffusers once per core.
+test: $(STAMP)
+	$(PY) -m pytest -n $(PYTEST_WORKERS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf out $(VENV)

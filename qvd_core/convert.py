@@ -1,0 +1,216 @@
+"""Convert a model: float layers to quantized ones and back, in place, all checks first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qvd_core.calibrate import check_finite, fit_group
+from qvd_core.channels import Transform, static_step
+from qvd_core.errors import QVDError
+from qvd_core.families import find_family
+from qvd_core.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from qvd_core.plan import LayerPlan, plan_layers
+from qvd_core.scales import LayerScales, Scales
+from qvd_core.spec import QuantSpec
+from qvd_core.temporal_layer import TemporalLinear, codebook_tensors
+from qvd_core.weights import fold_transform, quantize_weight
+
+logger = logging.getLogger(__name__)
+
+_LAYER_CLASSES: dict[str, type[QuantizedLayer]] = {
+    "linear": QuantLinear,
+    "conv2d": QuantConv2d,
+    "temporal": TemporalLinear,
+}
+TRAINING_TIMESTEPS = 1000
+DATA_FREE_TIMESTEPS = 101  # evenly spaced over the training range, both ends included
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scales | None = None) -> nn.Module:
+    """Quantize a float model in place and return it.
+
+    Without `scales`: int8 weights, dynamic activations, HTDQ fitted on the model's own timestep embedding.
+    With them: SCRI shift and scale, bias correction and calibrated HTDQ as `spec` says.
+    Raises QVDError (wrong model, NaN, scales of another model, ...) before anything is changed.
+    """
+    spec = spec or (scales.spec if scales is not None else QuantSpec())
+    plan = plan_layers(model, spec, scales)
+    for name in plan:
+        layer = model.get_submodule(name)
+        check_layer(name, layer.weight, layer.bias, scales)  # type: ignore[arg-type]
+    for name, layer_plan in plan.items():
+        source = model.get_submodule(name)
+        weight, bias = source.weight, source.bias
+        assert isinstance(weight, Tensor)
+        tensors = encode_layer(name, layer_plan, weight, bias, spec, scales)  # type: ignore[arg-type]
+        layer = make_layer(source, layer_plan, spec, weight.dtype)
+        fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in tensors.items()})
+        model.set_submodule(name, layer)
+    fit_temporal_layers(model, spec)
+    return model
+
+
+def check_layer(name: str, weight: Tensor, bias: Tensor | None, scales: Scales | None) -> None:
+    """Raise QVDError when a layer's float tensors hold NaN or do not belong to `scales`."""
+    check_finite(f"{name}.weight", weight)
+    if bias is not None:
+        check_finite(f"{name}.bias", bias)
+    if scales is not None:
+        scales.check_weight(name, weight)
+
+
+def encode_layer(
+    name: str, plan: LayerPlan, weight: Tensor, bias: Tensor | None, spec: QuantSpec, scales: Scales | None = None
+) -> dict[str, Tensor]:
+    """Every state-dict entry of a quantized layer, from its float weight [N, K] / [N, C, kh, kw] and bias [N].
+
+    Raises QVDError on NaN, or when the weight does not belong to `scales`. The codebook of a temporal layer without
+    scales is left out; `fit_temporal_layers` makes it once the whole model is there.
+    """
+    check_layer(name, weight, bias, scales)
+    weight = weight.float()
+    calibrated = scales.layers.get(name) if scales is not None else None
+    tensors: dict[str, Tensor] = {}
+    if calibrated is not None and plan.kind != "temporal" and "bias" in plan.tensors:
+        transformed = "input_shift" in plan.tensors
+        transform = _transform(calibrated, plan)
+        shift, scale = transform.shift.to(weight.device), transform.scale.to(weight.device)
+        mean = calibrated.input_mean.to(weight.device) if spec.bias_correction else None
+        quantized, folded = fold_transform(weight, bias, shift, scale, mean, spec.weight_bits)
+        tensors["bias"] = folded
+        if transformed:
+            tensors.update(input_shift=shift.clone(), input_scale=scale.clone())  # q, k and v share one transform
+    else:
+        quantized = quantize_weight(weight, spec.weight_bits)
+        if bias is not None:
+            tensors["bias"] = bias
+    if "activation_scale" in plan.tensors:
+        assert calibrated is not None
+        tensors["activation_scale"] = static_step(
+            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan), spec.activation_bits
+        )
+    if "codebook" in plan.tensors and scales is not None and name in scales.temporal:
+        tensors.update(codebook_tensors(scales.temporal[name], weight.shape[1]))
+    return {"weight": quantized.codes, "weight_scale": quantized.scale, **tensors}
+
+
+def make_layer(source: nn.Module, plan: LayerPlan, spec: QuantSpec, dtype: torch.dtype) -> QuantizedLayer:
+    """An empty quantized layer (meta tensors) in the place of a float one; `dtype` is that of its bias."""
+    layer = _LAYER_CLASSES[plan.kind](source, plan, spec, dtype)
+    layer.train(source.training)
+    return layer
+
+
+def install_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: QuantSpec, dtype: torch.dtype) -> nn.Module:
+    """Swap the planned float layers for empty quantized ones, in place, and return the model.
+
+    Raises QVDError, before any change, when the plan names a layer the model does not have.
+    """
+    modules = dict(model.named_modules())
+    for name, layer_plan in plan.items():
+        wanted = nn.Conv2d if layer_plan.kind == "conv2d" else nn.Linear
+        if not isinstance(modules.get(name), wanted):
+            raise QVDError(
+                f"the quantized checkpoint has a {layer_plan.kind} layer {name}, this {type(model).__name__} has not: "
+                "the checkpoint belongs to another model or another version of it."
+            )
+    for name, layer_plan in plan.items():
+        model.set_submodule(name, make_layer(modules[name], layer_plan, spec, dtype))
+    return model
+
+
+def fill_layer(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Put real tensors into an empty layer; what is missing stays on meta. Dtypes are the layer's."""
+    for key, tensor in tensors.items():
+        own = getattr(layer, key)
+        value = tensor.detach().to(own.dtype)
+        if isinstance(own, nn.Parameter):
+            setattr(layer, key, nn.Parameter(value, requires_grad=False))
+        else:
+            setattr(layer, key, value)
+
+
+@torch.no_grad()
+def fit_temporal_layers(model: nn.Module, spec: QuantSpec) -> None:
+    """Data-free HTDQ: fit the codebooks that no calibration has filled, from the model's own timestep embedding.
+
+    METHOD section 2: where the embedding depends on the timestep alone the feature set is finite and needs no data.
+    Works on a grid over the training range, so that any sampler's steps lie inside.
+    """
+    waiting = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TemporalLinear) and module.levels is not None and module.levels.is_meta
+    }
+    family = find_family(model)
+    if not waiting or family is None:
+        return
+    modules = dict(model.named_modules())
+    device = next(iter(waiting.values())).weight.device
+    features = torch.linspace(0, TRAINING_TIMESTEPS, DATA_FREE_TIMESTEPS, device=device)
+    for name in family.temporal_features:
+        parameter = next(modules[name].parameters(), None)
+        features = modules[name](features if parameter is None else features.to(parameter.dtype))
+    quantizer, report = fit_group(features.float().cpu(), list(waiting.values()), spec)
+    logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report.get("tdr", float("nan")))
+    for layer in waiting.values():
+        fill_layer(
+            layer, {key: value.to(device) for key, value in codebook_tensors(quantizer, layer.in_features).items()}
+        )
+        layer.forget()
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module) -> nn.Module:
+    """Turn every quantized layer back into a float layer of the same function up to quantization, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLayer):
+            model.set_submodule(name, dequantize_layer(layer))
+    return model
+
+
+def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
+    """The float layer W = dequantized W~ / scale, b = bias - W shift, in the layer's compute dtype."""
+    weight = layer.dequantized_weight()
+    bias = None if layer.bias is None else layer.bias.double()
+    if layer.input_scale is not None:
+        weight = weight / layer.input_scale.view(1, -1, *[1] * (weight.dim() - 2))
+    if layer.input_shift is not None:
+        assert bias is not None
+        shift = layer.input_shift.double().view(1, -1, *[1] * (weight.dim() - 2))
+        bias = bias - (weight.double() * shift).flatten(1).sum(dim=1)
+    with torch.device("meta"):
+        plain = _plain_twin(layer, bias is not None)
+    dtype = layer.compute_dtype
+    plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    plain.train(layer.training)
+    return plain
+
+
+def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d:
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            bias=bias,
+        )
+    assert isinstance(layer, nn.Linear)
+    return nn.Linear(layer.in_features, layer.out_features, bias=bias)
+
+
+def _transform(calibrated: LayerScales, plan: LayerPlan) -> Transform:
+    """The calibrated transform, or the identity where the plan carries none."""
+    if "input_shift" not in plan.tensors:
+        return Transform.identity(len(calibrated.input_shift))
+    return Transform("calibrated", calibrated.input_shift, calibrated.input_scale)

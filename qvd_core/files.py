@@ -1,0 +1,58 @@
+"""Files that are whole or not there: write to a temporary name, then rename; read with one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qvd_core.errors import QVDError
+
+METADATA_KEY = "qvd"
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+    """Write tensors and a JSON description as one safetensors file, atomically. Raises QVDError when it cannot."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Layers that read one input share its statistics; the format wants every tensor to own its memory.
+        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(owned, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file written by `write_tensors`; returns its tensors and its description.
+
+    `what` names the expected content in errors. Raises QVDError when the file is missing, truncated or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise QVDError(f"{what} file {path} does not exist: check the path, or calibrate to make one.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise QVDError(f"{what} file {path} is damaged or no safetensors file ({error}): make it again.") from error
+    try:
+        description = json.loads(metadata[METADATA_KEY])
+    except (KeyError, ValueError) as error:
+        raise QVDError(f"{path} is a safetensors file but not a {what} file of QVD.") from error
+    if not isinstance(description, dict):
+        raise QVDError(f"{path} is a safetensors file but not a {what} file of QVD.")
+    return tensors, description

@@ -1,0 +1,45 @@
+"""What the int8 operators compute, said once in plain PyTorch.
+
+Quantize:  x~ = (x - shift) / scale in float32;  code = clamp(rint(x~ / step), -q_max, q_max), q_max = 2^(bits-1) - 1.
+Linear:    y = (sum_k code_mk * w_nk) * step_m * weight_scale_n + bias_n: an exact integer sum, then float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below any useful activation step, far above float32's denormals: an all-zero token gets codes 0, not 0 / 0.
+MINIMUM_STEP = 1e-20
+
+
+def code_limit(bits: int) -> int:
+    """q_max of a symmetric grid of `bits` bits: 127 for 8."""
+    return 2 ** (bits - 1) - 1
+
+
+def transform(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """SCRI's (x - shift) / scale in float32; x [..., K], shift and scale float32 [K] or None."""
+    x = x.float()
+    if shift is not None:
+        x = x - shift
+    if scale is not None:
+        x = x / scale
+    return x
+
+
+def token_step(x: Tensor, bits: int, dims: tuple[int, ...] = (-1,)) -> Tensor:
+    """Dynamic step, one for all elements along `dims`: max|x| / q_max, float32, dims kept."""
+    return (x.abs().amax(dim=dims, keepdim=True) / code_limit(bits)).clamp(min=MINIMUM_STEP)
+
+
+def encode(x: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes of a transformed input: int8, shape of x; round half to even."""
+    limit = code_limit(bits)
+    return (x / step).round_().clamp_(-limit, limit).to(torch.int8)
+
+
+def epilogue(total: Tensor, step: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Dequantize integer sums: float32 total * step * weight_scale + bias; all broadcastable."""
+    out = total * step * weight_scale
+    return out if bias is None else out + bias.float()

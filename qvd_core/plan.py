@@ -1,0 +1,156 @@
+"""The plan: which layers of a model are quantized, as what, and which tensors they will hold.
+
+A plan needs only the model's skeleton (meta tensors do), so it can be made before any weight is read, and it is
+all a loader needs to rebuild the skeleton of a saved model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from qvd_core.errors import QVDError
+from qvd_core.families import Family, family_or_generic
+from qvd_core.families.patterns import has_prefix
+from qvd_core.scales import Scales
+from qvd_core.spec import QuantSpec
+
+LayerKind = Literal["linear", "conv2d", "temporal"]
+OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One quantized layer: its kind, and the tensors it holds beside `weight` and `weight_scale`."""
+
+    kind: LayerKind
+    tensors: tuple[OptionalTensor, ...] = ()
+
+
+def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dict[str, nn.Module]:
+    """Every linear and 2-D convolution of `model` that `family` and `spec` let go to int8, by name, in model order.
+
+    Only exact `nn.Linear` / `nn.Conv2d` are taken: a subclass may compute something else.
+    """
+    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    generic = not family.classes
+    outermost = set(list(candidates)[:1] + list(candidates)[-1:]) if generic and len(candidates) > 2 else set()
+    return {
+        name: module
+        for name, module in candidates.items()
+        if name not in outermost
+        and _is_plain(module)
+        and not family.keeps(name)
+        and not has_prefix(name, spec.modules_to_not_convert)
+        and min(_features(module)) >= family.minimum_features
+    }
+
+
+def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None) -> dict[str, LayerPlan]:
+    """Plan the quantization of a float model (its tensors may be on the meta device).
+
+    Raises QVDError when the model is no video denoiser, is quantized already, has nothing to quantize,
+    when `scales` belong to another model, or when `spec` needs scales and there are none.
+    """
+    refuse_quantized(model)
+    family = family_or_generic(model)
+    layers = quantizable_layers(model, family, spec)
+    if not layers:
+        raise QVDError(f"{type(model).__name__} has no layer that QVD can quantize: nothing was changed.")
+    if scales is None and spec.activation == "static":
+        raise QVDError('activation="static" needs calibrated scales: pass scales=, or use activation="token".')
+    if scales is not None:
+        scales.check_structure(model, layers)
+        _check_temporal_bits(spec, scales)
+    plan: dict[str, LayerPlan] = {}
+    for name, module in layers.items():
+        if family.is_temporal(name):
+            fitted = spec.temporal != "none" and (bool(family.temporal_features) or _has_codebook(scales, name))
+            plan[name] = LayerPlan("temporal", _present(bias=module.bias is not None, codebook=fitted))
+        else:
+            plan[name] = _plan_gemm(name, module, spec, scales)
+    return plan
+
+
+def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:
+    for quantizer in scales.temporal.values():
+        if spec.temporal != "none" and quantizer.bits != spec.activation_bits:
+            raise QVDError(
+                f"these scales hold {quantizer.bits}-bit temporal codebooks, but activation_bits={spec.activation_bits} "
+                "was asked for: calibrate with these bits."
+            )
+
+
+def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | None) -> LayerPlan:
+    calibrated = scales is not None and name in scales.layers
+    if spec.activation == "static" and not calibrated:
+        raise QVDError(
+            f"the scales hold nothing for layer {name}, which never ran during calibration: "
+            'calibrate with inputs that reach it, keep it with modules_to_not_convert, or use activation="token".'
+        )
+    transformed = calibrated and spec.transforms_inputs
+    folds_into_bias = calibrated and (spec.bias_correction or transformed)
+    return LayerPlan(
+        "conv2d" if isinstance(module, nn.Conv2d) else "linear",
+        _present(
+            bias=module.bias is not None or folds_into_bias,
+            input_shift=transformed,
+            input_scale=transformed,
+            activation_scale=spec.activation == "static",
+        ),
+    )
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise QVDError when `model` already holds quantized weights, QVD's own or another backend's."""
+    method = getattr(model, "quantization_method", None)
+    for name, parameter in model.named_parameters():
+        # Backends mark their weights by an integer dtype or by a tensor subclass.
+        if not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
+            backend = f" by {getattr(method, 'value', method)}" if method else ""
+            raise QVDError(
+                f"{type(model).__name__} is quantized already{backend} ({name} is {type(parameter.data).__name__} of "
+                f"{parameter.dtype}): load it in full precision to calibrate or quantize it with QVD."
+            )
+
+
+def plan_to_dict(plan: Mapping[str, LayerPlan]) -> dict[str, list[str]]:
+    """JSON form: layer name to [kind, tensor, ...]."""
+    return {name: [layer.kind, *layer.tensors] for name, layer in plan.items()}
+
+
+def plan_from_dict(values: Mapping[str, Any]) -> dict[str, LayerPlan]:
+    """Inverse of `plan_to_dict`; raises QVDError on anything it does not know."""
+    plan: dict[str, LayerPlan] = {}
+    for name, entry in values.items():
+        if not isinstance(entry, list) or not entry or entry[0] not in get_args(LayerKind):
+            raise QVDError(f"the recorded plan of layer {name!r} is {entry!r}: damaged, or from a newer QVD.")
+        unknown = set(entry[1:]) - set(get_args(OptionalTensor))
+        if unknown:
+            raise QVDError(f"layer {name!r} is said to hold {sorted(unknown)}: damaged, or from a newer QVD.")
+        plan[name] = LayerPlan(entry[0], cast("tuple[OptionalTensor, ...]", tuple(entry[1:])))
+    return plan
+
+
+def _present(**tensors: bool) -> tuple[OptionalTensor, ...]:
+    return cast("tuple[OptionalTensor, ...]", tuple(name for name, present in tensors.items() if present))
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Grouped, circular or reflecting convolutions are left alone."""
+    return not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros")
+
+
+def _has_codebook(scales: Scales | None, name: str) -> bool:
+    return scales is not None and name in scales.temporal

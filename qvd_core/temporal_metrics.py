@@ -1,0 +1,265 @@
+"""How well quantized temporal features still tell the timesteps apart: TDScore, TDR, TDC, COL and the search objective.
+
+The four metrics take temporal features `E` [T, C] (one row per sampler step, in sampling order) and, but for the score,
+their quantized values `Eq` [T, C]. They compute in float64 and return a Python float.
+
+Marks: [P] stated in the QVD paper's abstract, [R] reconstructed, [O] ours where the paper cannot be recovered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qvd_core.errors import QVDError
+
+COLLISION_THRESHOLD = 1e-3  # share of the features' range; a smaller step is no difference worth a code of its own
+CORRELATION_WEIGHT = 0.1
+COLLISION_WEIGHT = 0.1
+
+_NO_SPREAD = 1e-7  # distances (in [0, 1]) that spread less than this differ by the float32 rounding of the features
+_NO_VARIATION = 1e-14  # share of the energy: what float32 rounding alone leaves of features that do not vary
+_SAME_DISTANCE = 1e-6  # two sets of distances without spread that agree this well are the same
+
+_CORRELATION_ROWS = 128  # a search correlates the pairs of at most so many steps; its report takes all
+_GRAM_BUDGET = 2 * 10**10  # multiply-adds to spend on an exact Gram matrix: about a second on one CPU core
+_SKETCH_ROWS = 2048
+_CHUNK_ELEMENTS = 2**24  # float32 copies of a large projection are made 64 MiB at a time
+
+
+def td_score(E: Tensor) -> float:
+    """Temporal discriminability score: the mean normalized distance between the steps' features [name P, formula O].
+
+        ẽ_i = e_i - mean_j e_j      d_ij = ||ẽ_i - ẽ_j|| / (||ẽ_i|| + ||ẽ_j|| + eps)      TDScore = mean_{i<j} d_ij
+
+    In [0, 1]; unchanged by translation and scaling of `E`. 0 if there is nothing to tell apart: one step, equal rows.
+    """
+    distances = pair_distances(E)
+    return distances.mean().item() if len(distances) else 0.0
+
+
+def td_ratio(E: Tensor, Eq: Tensor) -> float:
+    """TDR = TDScore(Eq) / TDScore(E); goal 1 [O].
+
+    1 where both scores are 0 (one step, equal rows); infinite where only the features' own score is 0, which no
+    elementwise quantizer can bring about.
+    """
+    _check_same_shape(E, Eq)
+    before, after = td_score(E), td_score(Eq)
+    if before == 0.0:
+        return 1.0 if after == 0.0 else math.inf
+    return after / before
+
+
+def td_correlation(E: Tensor, Eq: Tensor) -> float:
+    """TDC = Pearson correlation over i<j of d_ij(E) and d_ij(Eq); in [-1, 1], goal 1 [O].
+
+    Where either set of distances does not vary, Pearson's formula is 0/0: then 1 if both sets are equal, else 0.
+    One step has no pairs: 1.
+    """
+    _check_same_shape(E, Eq)
+    return distance_correlation(pair_distances(E), pair_distances(Eq))
+
+
+def collision_rate(E: Tensor, Eq: Tensor) -> float:
+    """COL = share of all (step i, channel c), i < T-1, that collide; in [0, 1], goal 0 [O].
+
+    A collision: |E[i+1, c] - E[i, c]| > 0.1 % of (max E - min E), and yet Eq[i+1, c] == Eq[i, c]. One step: 0.
+    """
+    _check_same_shape(E, Eq)
+    return _share(adjacent_differences(E) & (Eq[1:] == Eq[:-1]))
+
+
+def pair_distances(E: Tensor, rows: Tensor | None = None) -> Tensor:
+    """d_ij(E) of TDScore for all i<j, float64 [T(T-1)/2], row by row; with `rows` (int64 [R]) for pairs of those only.
+
+    The time mean is always that of all T rows. [O]
+    """
+    features = _as_matrix(E)
+    centred = features - features.mean(dim=0)
+    # The distances do not depend on the scale; without it, squares of very large or small float64 leave the range.
+    largest = centred.abs().amax()
+    if largest > 0:
+        centred = centred / largest
+    if rows is not None:
+        centred = centred[rows]
+    norms = centred.norm(dim=1)
+    first, second = torch.triu_indices(len(norms), len(norms), offset=1, device=norms.device)
+    eps = torch.finfo(torch.float64).tiny  # only turns 0/0 into 0; anything larger would break scale invariance
+    # pdist, not the Gram matrix: the distance of two nearly equal rows must not drown in cancellation.
+    distances: Tensor = torch.pdist(centred) / (norms[first] + norms[second] + eps)
+    return distances
+
+
+def distance_correlation(before: Tensor, after: Tensor) -> float:
+    """Pearson correlation of two sets of pair distances, float64 [pairs]; the defined cases of `td_correlation`. [O]"""
+    if not len(before):
+        return 1.0
+    if min(before.std(correction=0), after.std(correction=0)) <= _NO_SPREAD:
+        return float((before - after).abs().max().item() <= _SAME_DISTANCE)
+    a, b = before - before.mean(), after - after.mean()
+    pearson = (a @ b / (a.norm() * b.norm())).item()
+    return max(-1.0, min(1.0, pearson))
+
+
+def adjacent_differences(E: Tensor) -> Tensor:
+    """Where the next step's value differs by more than 0.1 % of the features' range: bool [T-1, C]. [O]"""
+    features = _as_matrix(E)
+    threshold = COLLISION_THRESHOLD * (features.amax() - features.amin())
+    return (features[1:] - features[:-1]).abs() > threshold
+
+
+class TemporalObjective:
+    """What the search for a quantizer minimizes on one set of features [O]; what no candidate changes is computed once.
+
+        ||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||² + 0.1 (1 - TDC) + 0.1 COL
+
+    features: E [T, C], float32, finite, not all zero. projection: P [N, C], or None for P = 1.
+    Where E does not vary over time the error is divided by ||E Pᵀ||²; a P that maps E to zero is taken as 1.
+    """
+
+    def __init__(self, features: Tensor, projection: Tensor | None) -> None:
+        self._features = features
+        self._scale = features.abs().amax()  # errors are taken relative to it: squares stay inside float32
+        self._energy, self._reference = _reference_energy(features / self._scale, projection)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        self._rows = order[:_CORRELATION_ROWS].sort().values
+        self._distances = pair_distances(features, self._rows)
+        self._differs = adjacent_differences(features)
+
+    def __call__(self, quantized: Tensor, give_up_at: float = math.inf) -> float:
+        """The objective of Ê [T, C]; where the error alone reaches `give_up_at`, just the error, a lower bound of it.
+
+        TDC is estimated from a fixed random choice of steps where there are very many.
+        """
+        error = self.projected_error(quantized)
+        if error >= give_up_at:
+            return error
+        correlation = distance_correlation(self._distances, pair_distances(quantized, self._rows))
+        return error + _penalty(correlation, _share(self._differs & (quantized[1:] == quantized[:-1])))
+
+    def report(self, quantized: Tensor) -> dict[str, float]:
+        """The "objective" of Ê [T, C], TDC over all pairs, and its parts; "td_score" is that of the features."""
+        error = self.projected_error(quantized)
+        correlation = td_correlation(self._features, quantized)
+        collisions = collision_rate(self._features, quantized)
+        return {
+            "objective": error + _penalty(correlation, collisions),
+            "td_score": td_score(self._features),
+            "tdr": td_ratio(self._features, quantized),
+            "tdc": correlation,
+            "col": collisions,
+            "projected_error": error,
+        }
+
+    def projected_error(self, quantized: Tensor) -> float:
+        """||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||² of Ê [T, C]."""
+        return self._energy((quantized - self._features) / self._scale) / self._reference
+
+
+def _penalty(correlation: float, collisions: float) -> float:
+    return CORRELATION_WEIGHT * (1.0 - correlation) + COLLISION_WEIGHT * collisions
+
+
+def _reference_energy(features: Tensor, projection: Tensor | None) -> tuple[_ProjectedEnergy, float]:
+    """How to measure errors, and what to divide them by (see `TemporalObjective`)."""
+    centred = (features.double() - features.double().mean(dim=0)).float()
+    for candidate in (projection, None):
+        energy = _ProjectedEnergy(candidate, features.shape[1])
+        total, over_time = energy(features), energy(centred)
+        if over_time > _NO_VARIATION * total:
+            return energy, over_time
+        if total > 0.0:
+            return energy, total
+    raise AssertionError("features that are not all zero have energy")
+
+
+class _ProjectedEnergy:
+    """||D Pᵀ||² for many D [T, C] and one P [N, C] (None: P = 1), reduced to what that takes once.
+
+    A P of up to C rows is kept; a taller one becomes its Gram matrix PᵀP, since ||D Pᵀ||² = tr(D PᵀP Dᵀ). Where that
+    costs too much, a random sketch stands in for P: an unbiased estimate, within a few per cent.
+    """
+
+    def __init__(self, projection: Tensor | None, channels: int) -> None:
+        self._gram: Tensor | None = None
+        self._rows: Tensor | None = None
+        if projection is None:
+            return
+        if projection.dim() != 2 or projection.shape[1] != channels or len(projection) == 0:
+            raise QVDError(
+                f"projection has shape {tuple(projection.shape)}, expected [N, {channels}]: "
+                "stack the weights of the layers that read these features."
+            )
+        if len(projection) * channels**2 > _GRAM_BUDGET:
+            projection = _sketch(projection, _SKETCH_ROWS)
+        if len(projection) > channels:
+            self._gram = _gram_matrix(projection)
+            finite = torch.isfinite(self._gram).all()
+        else:
+            self._rows = projection.detach().float().cpu()
+            finite = torch.isfinite(self._rows).all()
+        if not finite:
+            raise QVDError("projection holds NaN or infinity: load the weights again, in bfloat16 or float32.")
+
+    def __call__(self, difference: Tensor) -> float:
+        """||D Pᵀ||² of `difference` D [T, C], float32 on the CPU."""
+        if self._gram is not None:
+            return max(0.0, ((difference @ self._gram) * difference).double().sum().item())
+        if self._rows is not None:
+            difference = difference @ self._rows.T
+        return difference.double().square().sum().item()
+
+
+def _gram_matrix(projection: Tensor) -> Tensor:
+    """PᵀP [C, C] of P [N, C] in float32, on the CPU; chunk by chunk on the device where P lies."""
+    channels = projection.shape[1]
+    gram = torch.zeros(channels, channels, dtype=torch.float64)
+    for chunk in _float_chunks(projection):
+        gram += (chunk.T @ chunk).cpu()
+    return gram.float()
+
+
+def _sketch(projection: Tensor, rows: int) -> Tensor:
+    """CountSketch of P [N, C]: R [rows, C] with E||D Rᵀ||² = ||D Pᵀ||², in one pass over P.
+
+    Each row of P is added, with a random sign, to a random row of R.
+    """
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(rows, (len(projection),), generator=generator).to(projection.device)
+    sign = torch.randint(2, (len(projection), 1), generator=generator).float().to(projection.device) * 2 - 1
+    sketch = torch.zeros(rows, projection.shape[1], dtype=torch.float32, device=projection.device)
+    done = 0
+    for chunk in _float_chunks(projection):
+        part = slice(done, done + len(chunk))
+        sketch.index_add_(0, target[part], chunk * sign[part])
+        done += len(chunk)
+    return sketch
+
+
+def _float_chunks(projection: Tensor) -> Iterator[Tensor]:
+    """The rows of P [N, C] in float32, a bounded number at a time."""
+    rows = max(1, _CHUNK_ELEMENTS // projection.shape[1])
+    for start in range(0, len(projection), rows):
+        yield projection[start : start + rows].detach().float()
+
+
+def _share(mask: Tensor) -> float:
+    return mask.double().mean().item() if mask.numel() else 0.0
+
+
+def _as_matrix(E: Tensor) -> Tensor:
+    """`E` in float64, or a QVDError where it is no finite, non-empty matrix."""
+    if E.dim() != 2 or E.numel() == 0:
+        raise QVDError(f"temporal features must be a non-empty matrix [T, C], got shape {tuple(E.shape)}.")
+    if not torch.isfinite(E).all():
+        raise QVDError("temporal features hold NaN or infinity: compute them in float32.")
+    return E.double()
+
+
+def _check_same_shape(E: Tensor, Eq: Tensor) -> None:
+    if E.shape != Eq.shape:
+        raise QVDError(f"features {tuple(E.shape)} and quantized features {tuple(Eq.shape)} must have one shape.")

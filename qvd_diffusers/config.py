@@ -1,0 +1,265 @@
+"""`QVDConfig`: what a user writes, in every place where diffusers asks for a quantization config."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from qvd_core.errors import QVDError
+from qvd_core.scales import Scales
+from qvd_core.spec import QuantSpec
+
+try:
+    from transformers.utils.quantization_config import QuantizationConfigMixin as _TransformersConfigMixin
+except ImportError:  # transformers is optional: without it there is no text encoder to hand a config to
+
+    class _TransformersConfigMixin:  # type: ignore[no-redef]
+        """Stands in for the base class that only transformers asks for."""
+
+
+FORMAT_VERSION = 1
+"""Version of the entry written to config.json; raised when an older reader would compute something else."""
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+"""Pipeline components that are quantized unless the user names others."""
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(QuantSpec))
+
+
+class QVDMethod(str, Enum):
+    """The method name; an enum because diffusers reads `quant_method.value` while loading."""
+
+    QVD = "qvd"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclasses.dataclass(repr=False)
+class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuantizationConfig):  # type: ignore[misc]
+    """Quantize a video diffusion model to int8 while it is loaded.
+
+    The same object works for a pipeline (`DiffusionPipeline.from_pretrained(..., quantization_config=QVDConfig())`), for
+    one model, and as an entry of `PipelineQuantizationConfig(quant_mapping={"transformer": QVDConfig()})`.
+    It is never changed by a load; every component records its result in a copy.
+
+    weight_bits ... backend: see `qvd_core.QuantSpec`.
+    scales: calibrated scales, as returned by `qvd_diffusers.calibrate`, or the path of the file they were saved to.
+        Without them the quantization is data-free: no shift and no scale per channel, and dynamic activations only.
+    components: at pipeline level, the components to quantize; default: the denoisers the pipeline has.
+    compute_dtype: type of everything that stays in floating point when `torch_dtype` is not given; default float32.
+
+    Raises QVDError (a ValueError) for settings that do not exist or do not fit together.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    activation: str = "token"
+    shift: bool = True
+    scale: str = "search"
+    temporal: str = "table"
+    temporal_quantizer: str = "auto"
+    bias_correction: bool = True
+    portable: bool = False
+    modules_to_not_convert: Sequence[str] | None = None
+    backend: str = "auto"
+    scales: Scales | str | os.PathLike[str] | None = None
+    components: Sequence[str] | None = None
+    compute_dtype: torch.dtype | str | None = None
+    layers: dict[str, Any] | None = dataclasses.field(default=None, init=False)
+    """The plan of a quantized model, written to config.json so that a reload needs nothing else."""
+    version: int = dataclasses.field(default=FORMAT_VERSION, init=False)
+    quant_method: QVDMethod = dataclasses.field(default=QVDMethod.QVD, init=False)
+
+    def __post_init__(self) -> None:
+        # Own tuples: neither the caller's list nor ours may change through the other.
+        if not isinstance(self.modules_to_not_convert, str):
+            self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
+        self.components = _checked_components(self.components)
+        self.compute_dtype = _checked_dtype(self.compute_dtype)
+        _check_scales(self.scales)
+        try:
+            self.spec  # noqa: B018  (building it validates every quantization setting)
+        except QVDError:
+            raise
+        except ValueError as error:
+            raise QVDError(f"QVDConfig: {error}") from None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The quantization settings alone, as the core takes them."""
+        return QuantSpec(**{name: getattr(self, name) for name in SPEC_FIELDS})
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> QVDConfig:
+        """QVD as we reconstruct it: static 8-bit activations, shift and integrated range, power-of-two temporal codes.
+
+        Needs calibrated scales. Not the most accurate choice: `log2` codes do not get finer with more bits.
+        """
+        recipe: dict[str, Any] = {
+            "activation": "static",
+            "shift": True,
+            "scale": "search",
+            "temporal_quantizer": "log2",
+            "bias_correction": False,
+        }
+        return cls(**{**recipe, **overrides})
+
+    @classmethod
+    def fast(cls, **overrides: Any) -> QVDConfig:
+        """The least work while sampling: one dynamic scale per token, no shift or scale per channel; needs no data."""
+        return cls(**{"activation": "token", "shift": False, "scale": "none", **overrides})
+
+    @classmethod
+    def best(cls, **overrides: Any) -> QVDConfig:
+        """The most accurate choice: dynamic scales on top of a calibrated shift and scale.
+
+        It equals the default today and needs `scales` to be better than data-free.
+        """
+        recipe: dict[str, Any] = {
+            "activation": "token",
+            "shift": True,
+            "scale": "search",
+            "temporal": "table",
+            "temporal_quantizer": "auto",
+            "bias_correction": True,
+        }
+        return cls(**{**recipe, **overrides})
+
+    def copy(self) -> QVDConfig:
+        """An independent config; the calibrated scales are shared, because nothing writes to them."""
+        duplicate = copy.copy(self)
+        duplicate.layers = copy.deepcopy(self.layers)
+        return duplicate
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only. The scales are left out: what a model needs of them is in its weights file."""
+        entry: dict[str, Any] = {"quant_method": self.quant_method.value, "version": self.version, **self.spec.to_dict()}
+        if self.compute_dtype is not None:
+            entry["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        if self.components is not None:
+            entry["components"] = list(self.components)
+        if self.layers is not None:
+            entry["layers"] = copy.deepcopy(self.layers)
+        return entry
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what equals the defaults and without the list of layers: short enough for a log line."""
+        defaults = {**QuantSpec().to_dict(), "version": FORMAT_VERSION}
+        return {key: value for key, value in self.to_dict().items() if key != "layers" and value != defaults.get(key)}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of `to_dict`.
+
+        config_dict: a mapping as in config.json; `quant_method` may be missing. Not changed.
+        return_unused_kwargs, kwargs: further settings and a second return value, as diffusers and transformers ask for.
+        Raises QVDError for a newer version, for another method, and for an unknown setting that is switched on.
+        """
+        entry = dict(config_dict)
+        _check_origin(entry.pop("quant_method", QVDMethod.QVD), entry.pop("version", FORMAT_VERSION))
+        layers = entry.pop("layers", None)
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        entry.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
+        _check_unknown({key: value for key, value in entry.items() if key not in known}, known)
+        config = cls(**{key: value for key, value in entry.items() if key in known})
+        if layers is not None and not isinstance(layers, Mapping):
+            raise QVDError(f"quantization_config: 'layers' must be a mapping, got {type(layers).__name__}; the file is damaged.")
+        config.layers = copy.deepcopy(dict(layers)) if layers is not None else None
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __repr__(self) -> str:
+        shown = [f"{key}={value!r}" for key, value in self.to_diff_dict().items() if key != "quant_method"]
+        if self.scales is not None:
+            shown.append(f"scales={'<Scales>' if isinstance(self.scales, Scales) else repr(os.fspath(self.scales))}")
+        if self.layers is not None:
+            shown.append(f"<{len(self.layers)} recorded layers>")
+        return f"QVDConfig({', '.join(shown)})"
+
+    # What diffusers reads of a pipeline-level config. `PipelineQuantizationConfig.__init__` is not called: it wants a
+    # backend's name and a dict of arguments, and this object is already the parsed form of both.
+    quant_backend = None
+    quant_mapping = None
+    is_granular = False
+
+    @property
+    def components_to_quantize(self) -> list[str] | None:
+        """The components named by the user, under the name diffusers checks for misspellings."""
+        return None if self.components is None else list(self.components)
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> QVDConfig | None:
+        """The config of one pipeline component, or None when it stays as it is. Called by diffusers per component."""
+        if module_name not in (DENOISERS if self.components is None else self.components):
+            return None
+        if not is_diffusers:
+            raise QVDError(text_encoder_refusal(module_name))
+        return self.copy()
+
+
+def text_encoder_refusal(component: str | None = None) -> str:
+    """The one message for every way in which a transformers model can be asked for."""
+    subject = f"component {component!r}" if component else "this component"
+    return (
+        f"{subject} is a transformers model, and QVD quantizes only the denoiser of a pipeline. "
+        "Leave it out: pass QVDConfig() itself, or name the denoiser, e.g. components_to_quantize=['transformer']."
+    )
+
+
+def _checked_components(components: Any) -> tuple[str, ...] | None:
+    if components is None:
+        return None
+    names = (components,) if isinstance(components, str) else tuple(components)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise QVDError(f"components must be the names of pipeline components, e.g. ['transformer'], got {components!r}.")
+    return names
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype | None:
+    value = COMPUTE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if value is None or value in COMPUTE_DTYPES.values():
+        return value  # type: ignore[no-any-return]
+    raise QVDError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}.")
+
+
+def _check_scales(scales: Any) -> None:
+    if isinstance(scales, str) and scales == "auto":
+        raise QVDError(
+            "scales='auto' is not supported: a config cannot sample. Run `scales = qvd_diffusers.calibrate(pipe, prompts, ...)` "
+            "(its result is cached) and pass QVDConfig(scales=scales)."
+        )
+    if scales is None or isinstance(scales, (Scales, os.PathLike)) or (isinstance(scales, str) and scales):
+        return
+    raise QVDError(f"scales must be None, a path, or the result of qvd_diffusers.calibrate, got {type(scales).__name__}.")
+
+
+def _check_origin(method: Any, version: Any) -> None:
+    if method != QVDMethod.QVD:
+        raise QVDError(f"quantization_config is of method {str(method)!r}, not 'qvd'.")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise QVDError(f"quantization_config: version must be a positive integer, got {version!r}; the file is damaged.")
+    if version > FORMAT_VERSION:
+        raise QVDError(
+            f"quantization_config: version {version} was written by a newer QVD (this one reads up to {FORMAT_VERSION}); "
+            "update the qvd package."
+        )
+
+
+def _check_unknown(unknown: Mapping[str, Any], known: set[str]) -> None:
+    """A note (leading underscore) or a setting that is off changes no number; anything else might."""
+    active = sorted(key for key, value in unknown.items() if not key.startswith("_") and value not in (None, False))
+    if active:
+        raise QVDError(
+            f"quantization_config: unknown setting(s) {', '.join(active)}; known are {', '.join(sorted(known))}."
+        )

@@ -1,0 +1,245 @@
+"""`QVDQuantizer`: the lifecycle of a QVD model inside diffusers' loader. The arithmetic is in `qvd_core`.
+
+Two ways through the hooks, in the order diffusers calls them:
+    quantize while loading    plan the skeleton, quantize each layer as its float tensors arrive, fit the temporal codes
+    load a quantized model    rebuild the skeleton from the plan in config.json, take every tensor as it is stored
+Every tensor of the checkpoint is claimed, because diffusers would cast int8 and float32 tensors to its own type.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from qvd_core.calibrate import check_finite
+from qvd_core.convert import dequantize_model, fit_temporal_layers, install_layers
+from qvd_core.errors import QVDError
+from qvd_core.layers import QuantizedLayer
+from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict
+from qvd_core.scales import Scales
+from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
+from qvd_diffusers.streaming import (
+    Device,
+    Encoder,
+    check_stored_values,
+    enumerate_names,
+    matching,
+    place,
+    place_encoded,
+    split_name,
+    stored_tensors,
+)
+
+
+class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Created by diffusers for one model that is being loaded; stays with the model as `model.hf_quantizer`."""
+
+    # Without this, diffusers would cast even the modules that a model class keeps in float32.
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    quantization_config: QVDConfig
+
+    def __init__(self, quantization_config: QVDConfig, **kwargs: Any):
+        # The user's object stays as it is: one config may be loading several models.
+        super().__init__(quantization_config.copy(), **kwargs)
+        self.spec = self.quantization_config.spec
+        self._dtype = torch.float32
+        self._plan: dict[str, LayerPlan] = {}
+        self._encoder: Encoder | None = None
+        self._in_checkpoint: list[str] = []
+        self._outstanding: set[str] = set()
+        self._lock = threading.Lock()
+
+    # Before the model exists
+
+    def validate_environment(
+        self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        """Called twice: with the user's arguments, then with the device map that was worked out."""
+        if torch_dtype is not None and torch_dtype not in COMPUTE_DTYPES.values():
+            raise QVDError(f"torch_dtype must be one of {', '.join(COMPUTE_DTYPES)} with QVD, got {torch_dtype}.")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise QVDError(
+                "device_map sends layers to disk, which would write them there unquantized: "
+                "use a device_map without 'disk', or enable_group_offload after loading."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Never None: for None diffusers casts float weights to the type of the int8 placeholder, that is to zeros."""
+        recorded = self.quantization_config.compute_dtype
+        assert recorded is None or isinstance(recorded, torch.dtype)
+        self._dtype = torch_dtype or recorded or torch.float32
+        return self._dtype
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """The loader reserves `elements / factor` values of the compute type; most elements take one byte."""
+        return self._dtype.itemsize
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Only looks: the names in the checkpoint are needed to see what is missing before anything is read."""
+        self._in_checkpoint = list(loaded_keys)
+        return loaded_keys
+
+    # The skeleton
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Swap the planned layers of the empty model for empty quantized ones.
+
+        state_dict: only given by `from_single_file`, which also says "pre-quantized" of every file.
+        """
+        if state_dict is not None:
+            self._in_checkpoint = list(state_dict)
+            self._judge_single_file(state_dict)
+        if self.pre_quantized:
+            self._plan = self._recorded_plan()
+        else:
+            self._prepare_encoder(model)
+        install_layers(model, self._plan, self.spec, self._dtype)
+        self._check_names(model)
+        self._outstanding = set(self._in_checkpoint) & set(model.state_dict())
+
+    def _judge_single_file(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.pre_quantized = False
+        codes = [name for name, tensor in state_dict.items() if tensor.dtype == torch.int8]
+        if codes:
+            raise QVDError(
+                f"{codes[0]} is int8: from_single_file reads full-precision files. "
+                "Load a quantized model with from_pretrained from the folder it was saved to."
+            )
+
+    def _recorded_plan(self) -> dict[str, LayerPlan]:
+        if not self.quantization_config.layers:
+            raise QVDError("config.json says quant_method 'qvd' but records no layers: the file is incomplete, save again.")
+        return plan_from_dict(self.quantization_config.layers)
+
+    def _prepare_encoder(self, model: nn.Module) -> None:
+        scales = self.quantization_config.scales
+        if scales is not None and not isinstance(scales, Scales):
+            scales = Scales.load(scales)
+        self._plan = plan_layers(model, self.spec, scales)
+        modules = dict(model.named_modules())
+        with_bias = frozenset(name for name in self._plan if modules[name].bias is not None)
+        self._encoder = Encoder(self._plan, self.spec, scales, with_bias)
+
+    def _check_names(self, model: nn.Module) -> None:
+        """Compare the names in the checkpoint with those the skeleton needs, before a byte of weights is read."""
+        present = set(self._in_checkpoint)
+        missing = [name for name in self._needed(model) if name not in present]
+        if missing:
+            raise QVDError(
+                f"the checkpoint of this {type(model).__name__} lacks {enumerate_names(missing)}: "
+                "it is incomplete, or it was saved for another model."
+            )
+        if self._encoder is None:
+            extra = [name for name in present - set(model.state_dict()) if split_name(name)[1] in _QUANTIZED_ONLY]
+            if extra:
+                raise QVDError(
+                    f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
+                    "config.json and the weights do not belong together."
+                )
+
+    def _needed(self, model: nn.Module) -> Iterable[str]:
+        """Names of the tensors the checkpoint must have: all that are still empty; float ones when quantizing."""
+        for name, tensor in model.state_dict().items():
+            layer, suffix = split_name(name)
+            if self._encoder is not None and layer in self._plan:
+                if suffix in self._encoder.float_tensors(layer):
+                    yield name
+            elif tensor.is_meta:
+                yield name
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Tensors that quantization adds are not missing from a float checkpoint."""
+        if self._encoder is None:
+            return missing_keys
+        return [name for name in missing_keys if split_name(name)[0] not in self._plan]
+
+    # The tensors
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
+        """Every tensor goes through `create_quantized_param`: ours must not be cast, the others are counted."""
+        return True
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        matching(loaded_param, current_param, param_name)
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Device,
+        state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take one tensor of the checkpoint. `param_value` was cast by diffusers; `state_dict` has it as stored."""
+        layer, suffix = split_name(param_name)
+        module = model.get_submodule(layer)
+        stored = state_dict[param_name]
+        if layer not in self._plan:
+            if self._encoder is not None and stored.element_size() > 1:  # 8-bit floats have no test for infinity
+                check_finite(param_name, stored)
+            place(module, suffix, param_value, target_device)
+        elif self._encoder is None:
+            check_stored_values(stored, param_name)
+            place(module, suffix, matching(stored, stored_tensors(module)[suffix], param_name), target_device)
+        else:
+            encoded = self._encoder.add(layer, suffix, stored.to(target_device))
+            if encoded is not None:
+                assert isinstance(module, QuantizedLayer)
+                place_encoded(module, layer, encoded, target_device)
+        self._tick_off(model, param_name)
+
+    def _tick_off(self, model: nn.Module, name: str) -> None:
+        """After the last tensor the temporal codes are fitted: here, because diffusers dispatches the model next."""
+        with self._lock:
+            self._outstanding.discard(name)
+            if not self._outstanding and self._encoder is not None:
+                fit_temporal_layers(model, self.spec)
+
+    # The loaded model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Write the result into the model's config, so that `save_pretrained` makes a checkpoint that loads by itself."""
+        if self._outstanding:
+            raise QVDError(
+                f"{enumerate_names(self._outstanding)} never arrived: the checkpoint is incomplete, download or save it again."
+            )
+        config = self.quantization_config
+        config.layers = plan_to_dict(self._plan)
+        config.compute_dtype = self._dtype
+        config.scales = None
+        config.components = None
+        self._encoder = None
+        # An attribute of the config would be lost on saving; only registered entries are written.
+        model.register_to_config(quantization_config=config)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """Back to float layers; the config entry goes, or the saved float model would be taken for a quantized one."""
+        dequantize_model(model)
+        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(entries)
+        model.quantization_method = None
+        return model
+
+
+_QUANTIZED_ONLY = frozenset(
+    {"weight_scale", "input_shift", "input_scale", "activation_scale", "levels", "boundaries", "offset", "gain"}
+)

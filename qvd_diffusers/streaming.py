@@ -1,0 +1,125 @@
+"""Fills a skeleton model while its checkpoint is read, tensor by tensor, in whatever order and file they come.
+
+At no time is more than one layer of the full-precision model in memory beside what the files map: a layer is quantized
+as soon as the last of its tensors is here, and only its codes are kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qvd_core.convert import encode_layer
+from qvd_core.errors import QVDError
+from qvd_core.layers import QuantizedLayer
+from qvd_core.plan import LayerPlan
+from qvd_core.scales import Scales
+from qvd_core.spec import QuantSpec
+
+Device = torch.device | str | int
+
+
+@dataclass
+class Encoder:
+    """Quantizes a layer once its float tensors are complete.
+
+    plan, spec, scales: as for `encode_layer`. with_bias: the planned layers whose float version has a bias.
+    """
+
+    plan: Mapping[str, LayerPlan]
+    spec: QuantSpec
+    scales: Scales | None
+    with_bias: frozenset[str]
+    waiting: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, layer: str, suffix: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """Take one float tensor; returns the layer's quantized tensors when it was the last one, else None."""
+        if not tensor.is_floating_point():
+            raise QVDError(
+                f"{layer}.{suffix} is {tensor.dtype}: this checkpoint is quantized already. "
+                "Load it without a quantization_config, or quantize the full-precision model."
+            )
+        with self.lock:  # diffusers may read several shards at once
+            arrived = self.waiting.setdefault(layer, {})
+            arrived[suffix] = tensor
+            if arrived.keys() != self.float_tensors(layer):
+                return None
+            del self.waiting[layer]
+        return encode_layer(layer, self.plan[layer], arrived["weight"], arrived.get("bias"), self.spec, self.scales)
+
+    def float_tensors(self, layer: str) -> set[str]:
+        """The tensors the float version of a layer has in the checkpoint."""
+        return {"weight", "bias"} if layer in self.with_bias else {"weight"}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("blocks.0.proj", "weight") for "blocks.0.proj.weight"."""
+    layer, _, suffix = name.rpartition(".")
+    return layer, suffix
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of one module itself that belong into a checkpoint (they may still be empty), by name."""
+    parameters = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    buffers = {
+        name: tensor
+        for name, tensor in module._buffers.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+    return {**parameters, **buffers}
+
+
+def place(module: nn.Module, suffix: str, value: Tensor, device: Device) -> None:
+    """Put `value` where `module` has the empty tensor `suffix`."""
+    value = value.detach().to(device)
+    if suffix in module._parameters:
+        empty = module._parameters[suffix]
+        requires_grad = empty is not None and empty.requires_grad and value.is_floating_point()
+        module._parameters[suffix] = nn.Parameter(value, requires_grad=requires_grad)
+    else:
+        module._buffers[suffix] = value
+
+
+def place_encoded(module: QuantizedLayer, name: str, tensors: Mapping[str, Tensor], device: Device) -> None:
+    """Fill a quantized layer with the result of `encode_layer`; the codebook of a temporal layer may come later."""
+    empty = stored_tensors(module)
+    for suffix, value in tensors.items():
+        place(module, suffix, matching(value, empty[suffix], f"{name}.{suffix}"), device)
+
+
+def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:
+    """`value` in the type of `placeholder`; a floating-point parameter may change precision, nothing else may differ.
+
+    Raises QVDError that names the tensor, what was found and what was expected.
+    """
+    castable = isinstance(placeholder, nn.Parameter) and value.is_floating_point() and placeholder.is_floating_point()
+    if value.shape != placeholder.shape or (value.dtype != placeholder.dtype and not castable):
+        raise QVDError(
+            f"{name} is {_describe(value)} in the checkpoint, expected {_describe(placeholder)}: "
+            "config.json and the weights do not belong together."
+        )
+    return value.to(placeholder.dtype)
+
+
+def check_stored_values(value: Tensor, name: str) -> None:
+    """Raise QVDError for values a quantized checkpoint cannot hold: NaN anywhere, steps that are not positive."""
+    if value.is_floating_point() and bool(value.isnan().any()):
+        raise QVDError(f"{name} holds NaN: the checkpoint is damaged, quantize the model again.")
+    if split_name(name)[1] in ("weight_scale", "activation_scale", "input_scale") and not bool((value > 0).all()):
+        raise QVDError(f"{name} must be positive: the checkpoint is damaged, quantize the model again.")
+
+
+def enumerate_names(names: Iterable[str], limit: int = 3) -> str:
+    """A short list for a message: the first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
