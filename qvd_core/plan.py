@@ -80,8 +80,8 @@ def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:
     for quantizer in scales.temporal.values():
         if spec.temporal != "none" and quantizer.bits != spec.activation_bits:
             raise QVDError(
-                f"these scales hold {quantizer.bits}-bit temporal codebooks, but activation_bits={spec.activation_bits} "
-                "was asked for: calibrate with these bits."
+                f"these scales hold {quantizer.bits}-bit temporal codebooks, not the {spec.activation_bits}-bit ones "
+                "that activation_bits asks for: calibrate with the same number of bits."
             )
 
 

@@ -182,8 +182,8 @@ def mix_quantizer(features: Tensor, edge: float, bits: int) -> TemporalQuantizer
         x < edge:   x̂ = sign(x) A± 2^-q,  q = clip(round(-log2(|x|/A±)), 0, 2^(b-2) - 1),  A+ = edge, A- = -min E
         x >= edge:  x̂ = edge + q step,    q = clip(round((x - edge)/step), 0, n),  step = (max E - edge)/n
 
-    with n = 2^(b-1) - 1. `features` is E [T, C], 0 <= edge <= max(E, 0). Zero counts as positive: it takes the smallest magnitude below the
-    edge, or is the first uniform level when the edge is 0.
+    with n = 2^(b-1) - 1. `features` is E [T, C], 0 <= edge <= max(E, 0). Zero counts as positive: it takes the smallest
+    magnitude below the edge, or is the first uniform level when the edge is 0.
     """
     _check_bits(bits)
     lowest, highest = _limits(_check_features(features))

@@ -101,7 +101,7 @@ def distance_correlation(before: Tensor, after: Tensor) -> float:
     if min(before.std(correction=0), after.std(correction=0)) <= _NO_SPREAD:
         return float((before - after).abs().max().item() <= _SAME_DISTANCE)
     a, b = before - before.mean(), after - after.mean()
-    pearson = (a @ b / (a.norm() * b.norm())).item()
+    pearson: float = (a @ b / (a.norm() * b.norm())).item()
     return max(-1.0, min(1.0, pearson))
 
 

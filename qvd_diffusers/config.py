@@ -48,8 +48,8 @@ class QVDMethod(str, Enum):
 class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuantizationConfig):  # type: ignore[misc]
     """Quantize a video diffusion model to int8 while it is loaded.
 
-    The same object works for a pipeline (`DiffusionPipeline.from_pretrained(..., quantization_config=QVDConfig())`), for
-    one model, and as an entry of `PipelineQuantizationConfig(quant_mapping={"transformer": QVDConfig()})`.
+    The same object works for a pipeline (`DiffusionPipeline.from_pretrained(..., quantization_config=QVDConfig())`),
+    for one model, and as an entry of `PipelineQuantizationConfig(quant_mapping={"transformer": QVDConfig()})`.
     It is never changed by a load; every component records its result in a copy.
 
     weight_bits ... backend: see `qvd_core.QuantSpec`.
@@ -143,7 +143,8 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only. The scales are left out: what a model needs of them is in its weights file."""
-        entry: dict[str, Any] = {"quant_method": self.quant_method.value, "version": self.version, **self.spec.to_dict()}
+        origin = {"quant_method": self.quant_method.value, "version": self.version}
+        entry: dict[str, Any] = {**origin, **self.spec.to_dict()}
         if self.compute_dtype is not None:
             entry["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         if self.components is not None:
@@ -173,7 +174,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         _check_unknown({key: value for key, value in entry.items() if key not in known}, known)
         config = cls(**{key: value for key, value in entry.items() if key in known})
         if layers is not None and not isinstance(layers, Mapping):
-            raise QVDError(f"quantization_config: 'layers' must be a mapping, got {type(layers).__name__}; the file is damaged.")
+            raise QVDError(f"quantization_config: 'layers' is a {type(layers).__name__}; the file is damaged.")
         config.layers = copy.deepcopy(dict(layers)) if layers is not None else None
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -222,37 +223,37 @@ def _checked_components(components: Any) -> tuple[str, ...] | None:
         return None
     names = (components,) if isinstance(components, str) else tuple(components)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise QVDError(f"components must be the names of pipeline components, e.g. ['transformer'], got {components!r}.")
+        raise QVDError(f"components must be names of pipeline components, e.g. ['transformer'], got {components!r}.")
     return names
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | None:
-    value = COMPUTE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    value: Any = COMPUTE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
     if value is None or value in COMPUTE_DTYPES.values():
-        return value  # type: ignore[no-any-return]
+        return value
     raise QVDError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}.")
 
 
 def _check_scales(scales: Any) -> None:
     if isinstance(scales, str) and scales == "auto":
         raise QVDError(
-            "scales='auto' is not supported: a config cannot sample. Run `scales = qvd_diffusers.calibrate(pipe, prompts, ...)` "
-            "(its result is cached) and pass QVDConfig(scales=scales)."
+            "scales='auto' is not supported, because a config cannot sample: run "
+            "`scales = qvd_diffusers.calibrate(pipe, prompts, ...)` (it is cached) and pass QVDConfig(scales=scales)."
         )
     if scales is None or isinstance(scales, (Scales, os.PathLike)) or (isinstance(scales, str) and scales):
         return
-    raise QVDError(f"scales must be None, a path, or the result of qvd_diffusers.calibrate, got {type(scales).__name__}.")
+    raise QVDError(f"scales must be None, a path or the result of calibrate, got {type(scales).__name__}.")
 
 
 def _check_origin(method: Any, version: Any) -> None:
     if method != QVDMethod.QVD:
         raise QVDError(f"quantization_config is of method {str(method)!r}, not 'qvd'.")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise QVDError(f"quantization_config: version must be a positive integer, got {version!r}; the file is damaged.")
+        raise QVDError(f"quantization_config: version is {version!r}, not a positive integer; the file is damaged.")
     if version > FORMAT_VERSION:
         raise QVDError(
-            f"quantization_config: version {version} was written by a newer QVD (this one reads up to {FORMAT_VERSION}); "
-            "update the qvd package."
+            f"quantization_config: version {version} was written by a newer QVD, this one reads up to "
+            f"{FORMAT_VERSION}: update the qvd package."
         )
 
 

@@ -23,7 +23,7 @@ from qvd_core.fingerprint import structure_fingerprint, weight_probe
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import QVDConfig
-from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, quiet, sample_all
+from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, models_of, quiet, sample_all
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def calibrate(
 ) -> Scales:
     """Sample with a full-precision pipeline and find the quantization scales of its denoiser.
 
-    prompts: what to sample, prompt number i from the noise of seed + i; or a function that gets the pipeline and samples
-        with it as it likes (image-conditioned pipelines; never cached, because its input cannot be seen).
+    prompts: what to sample, prompt number i from the noise of seed + i; or a function that gets the pipeline and
+        samples with it as it likes (image-conditioned pipelines; never cached, because its input cannot be seen).
     config: the settings the scales are for; default `QVDConfig()`.
     component: which denoiser, where the pipeline has several.
     cache: False to calibrate anew and keep nothing; a folder or a `ScaleCache` to use instead of the default.
@@ -67,8 +67,8 @@ def calibrate(
         if found is not None:
             _say(f"Using cached scales {store.path(key)} (calibrated on {job.size()}).", progress)
             return found
-    with tqdm(desc="Searching scales", unit="layer", disable=not progress, delay=0.5) as bar:
-        scales = calibrate_model(model, job.runner(progress), spec, _advance(bar), job.description())
+    with _SearchBar(progress) as bar:
+        scales = calibrate_model(model, job.runner(progress), spec, bar.show, job.description())
     if store is not None and key is not None:
         store.store(key, scales)
     return scales
@@ -185,11 +185,7 @@ def _surroundings(pipe: DiffusionPipeline, model: nn.Module) -> dict[str, Any]:
     """What else decides the denoiser's input: the scheduler's settings and the models that feed it."""
     scheduler = getattr(getattr(pipe, "scheduler", None), "config", {})
     settings = {name: value for name, value in scheduler.items() if not name.startswith("_")}
-    others = {
-        name: _light_fingerprint(value)
-        for name in pipe.config
-        if isinstance(value := getattr(pipe, name, None), nn.Module) and value is not model
-    }
+    others = {name: _light_fingerprint(part) for name, part in models_of(pipe).items() if part is not model}
     return {"class": type(pipe).__name__, "scheduler": settings, "models": others}
 
 
@@ -220,15 +216,26 @@ def _content(value: Any) -> Any:
         return None
 
 
-def _advance(bar: Any) -> Callable[[int, int, str], None]:
-    """Show the progress of the search in a tqdm bar."""
+class _SearchBar:
+    """The progress bar of the search for scales; it appears when sampling is done."""
 
-    def show(done: int, total: int, layer: str) -> None:
-        bar.total = total
-        bar.set_postfix_str(layer, refresh=False)
-        bar.update(done - bar.n)
+    def __init__(self, shown: bool):
+        self._shown = shown
+        self._bar: Any = None
 
-    return show
+    def __enter__(self) -> _SearchBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, total: int, layer: str) -> None:
+        """Called by `calibrate_model` before each layer and at the end."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc="Searching scales", unit="layer", disable=not self._shown)
+        self._bar.set_postfix_str(layer, refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 def _say(line: str, aloud: bool) -> None:

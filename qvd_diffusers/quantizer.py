@@ -8,8 +8,10 @@ Every tensor of the checkpoint is claimed, because diffusers would cast int8 and
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict
 from qvd_core.scales import Scales
+from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.streaming import (
     Device,
@@ -35,6 +38,8 @@ from qvd_diffusers.streaming import (
     split_name,
     stored_tensors,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -62,9 +67,7 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     # Before the model exists
 
-    def validate_environment(
-        self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any
-    ) -> None:
+    def validate_environment(self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
         """Called twice: with the user's arguments, then with the device map that was worked out."""
         if torch_dtype is not None and torch_dtype not in COMPUTE_DTYPES.values():
             raise QVDError(f"torch_dtype must be one of {', '.join(COMPUTE_DTYPES)} with QVD, got {torch_dtype}.")
@@ -121,13 +124,15 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _recorded_plan(self) -> dict[str, LayerPlan]:
         if not self.quantization_config.layers:
-            raise QVDError("config.json says quant_method 'qvd' but records no layers: the file is incomplete, save again.")
+            raise QVDError("config.json says quant_method 'qvd' but records no layers: save the model again.")
         return plan_from_dict(self.quantization_config.layers)
 
     def _prepare_encoder(self, model: nn.Module) -> None:
         scales = self.quantization_config.scales
         if scales is not None and not isinstance(scales, Scales):
-            scales = Scales.load(scales)
+            scales = Scales.load(Path(scales))
+        if scales is not None:
+            _warn_of_other_settings(scales.spec, self.spec)
         self._plan = plan_layers(model, self.spec, scales)
         modules = dict(model.named_modules())
         with_bias = frozenset(name for name in self._plan if modules[name].bias is not None)
@@ -215,12 +220,11 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     # The loaded model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Write the result into the model's config, so that `save_pretrained` makes a checkpoint that loads by itself."""
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Write the result into the model's config: what `save_pretrained` then makes loads by itself."""
         if self._outstanding:
-            raise QVDError(
-                f"{enumerate_names(self._outstanding)} never arrived: the checkpoint is incomplete, download or save it again."
-            )
+            names = enumerate_names(self._outstanding)
+            raise QVDError(f"{names} never arrived: the checkpoint is incomplete, download or save it again.")
         config = self.quantization_config
         config.layers = plan_to_dict(self._plan)
         config.compute_dtype = self._dtype
@@ -231,7 +235,7 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.register_to_config(quantization_config=config)
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         """Back to float layers; the config entry goes, or the saved float model would be taken for a quantized one."""
         dequantize_model(model)
         entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
@@ -240,6 +244,19 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return model
 
 
+def _warn_of_other_settings(calibrated: QuantSpec, wanted: QuantSpec) -> None:
+    """Scales work for other settings than they were searched for, only less well; silence would hide that."""
+    differing = [name for name in _SEARCHED_FOR if getattr(calibrated, name) != getattr(wanted, name)]
+    if differing:
+        found = ", ".join(f"{name}={getattr(calibrated, name)!r}" for name in differing)
+        logger.warning(
+            "These scales were searched for %s, the config asks for something else: calibrate with config=... to get "
+            "the scales that are best for it.",
+            found,
+        )
+
+
+_SEARCHED_FOR = ("weight_bits", "activation_bits", "activation", "shift", "scale", "temporal_quantizer", "portable")
 _QUANTIZED_ONLY = frozenset(
     {"weight_scale", "input_shift", "input_scale", "activation_scale", "levels", "boundaries", "offset", "gain"}
 )

@@ -23,36 +23,34 @@ def require_pipeline(pipe: Any) -> None:
     """Raise QVDError unless `pipe` is a diffusers pipeline."""
     if not isinstance(pipe, DiffusionPipeline):
         raise QVDError(
-            f"expected a diffusers pipeline, got {type(pipe).__name__}: load one with DiffusionPipeline.from_pretrained, "
-            "or use qvd_core.calibrate_model for a bare model."
+            f"expected a diffusers pipeline, got {type(pipe).__name__}: load one with "
+            "DiffusionPipeline.from_pretrained, or use qvd_core.calibrate_model for a bare model."
         )
 
 
 def find_denoiser(pipe: DiffusionPipeline, component: str | None = None) -> nn.Module:
     """The model of a pipeline that is quantized. Raises QVDError when there is none, or several and none was named."""
     require_pipeline(pipe)
+    models = models_of(pipe)
     if component is not None:
-        model = getattr(pipe, component, None) if component in pipe.config else None
-        if not isinstance(model, nn.Module):
-            names = [name for name in pipe.config if isinstance(getattr(pipe, name, None), nn.Module)]
-            raise QVDError(f"{type(pipe).__name__} has no model {component!r}; it has {', '.join(names)}.")
-        return model
-    names = denoiser_names(pipe)
+        if component not in models:
+            raise QVDError(f"{type(pipe).__name__} has no model {component!r}; it has {', '.join(models)}.")
+        return models[component]
+    names = [name for name in DENOISERS if name in models]
     if not names:
-        raise QVDError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: nothing to quantize; pass component=...")
+        raise QVDError(f"{type(pipe).__name__} has no denoiser ({' or '.join(DENOISERS)}): name a component=...")
     if len(names) > 1:
         raise QVDError(
             f"{type(pipe).__name__} has several denoisers, {' and '.join(names)}: calibrate them one by one, "
             f"e.g. component={names[0]!r}."
         )
-    model = getattr(pipe, names[0])
-    assert isinstance(model, nn.Module)
-    return model
+    return models[names[0]]
 
 
-def denoiser_names(pipe: DiffusionPipeline) -> list[str]:
-    """The denoisers a pipeline really has (optional ones may be None)."""
-    return [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
+def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The models a pipeline really has (optional ones may be None), by component name."""
+    parts = {name: getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def check_prompts(prompts: Any) -> list[str]:
@@ -62,7 +60,7 @@ def check_prompts(prompts: Any) -> list[str]:
     if not isinstance(prompts, Sequence):
         raise QVDError(f"prompts must be a list of strings or a callable, got {type(prompts).__name__}.")
     if not prompts:
-        raise QVDError("no prompts: calibration needs some that resemble what the model will be asked for (8 to 32 do).")
+        raise QVDError("no prompts: give some that resemble what the model will be asked for (8 to 32 are enough).")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise QVDError(f"prompts[{number}] must be a string, got {type(prompt).__name__}.")
@@ -80,7 +78,8 @@ def check_call(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
         raise QVDError(f"{type(pipe).__name__} takes no argument {', '.join(map(repr, unknown))}: check the spelling.")
     own = [name for name in OWN_ARGUMENTS if name in call]
     if own:
-        raise QVDError(f"{', '.join(map(repr, own))} follows from prompts and seed here: leave it out of the call's arguments.")
+        names = ", ".join(map(repr, own))
+        raise QVDError(f"{names} follows from prompts and seed here: leave it out of the call's arguments.")
 
 
 def sample(
@@ -108,7 +107,12 @@ def sample(
 
 
 def sample_all(
-    pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, call: Mapping[str, Any], description: str, progress: bool
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int,
+    call: Mapping[str, Any],
+    description: str,
+    progress: bool,
 ) -> Iterator[Any]:
     """Sample prompt after prompt (seed, seed + 1, ...) under one progress bar that also shows the steps."""
     with quiet(pipe), tqdm(total=len(prompts), desc=description, unit="prompt", disable=not progress) as bar:

@@ -184,27 +184,27 @@ def measure(network: MetricNetwork) -> dict[str, Any]:
         facts[key] = {}
     for frames in FRAME_COUNTS:
         clips, others = (source.sample(TEST_CLIPS, frames, torch.Generator().manual_seed(seed)) for seed in (1, 2))
-        facts["accuracy"][str(frames)] = _accuracy(network, clips)
-        facts["frechet_reaction"][str(frames)] = _reactions(network, clips.video[:512], others.video[:512])
-        facts["noise_floor"][str(frames)] = _floors(extract_features(torch.cat([clips.video, others.video]), network))
+        features, other_features = (extract_features(half.video, network) for half in (clips, others))
+        facts["accuracy"][str(frames)] = _accuracy(network, clips, features)
+        facts["frechet_reaction"][str(frames)] = _reactions(network, features[:512], others.video[:512])
+        facts["noise_floor"][str(frames)] = _floors(torch.cat([features, other_features]))
     return facts
 
 
-def _accuracy(network: MetricNetwork, clips: Clips) -> dict[str, float]:
+@torch.inference_mode()
+def _accuracy(network: MetricNetwork, clips: Clips, features: Tensor) -> dict[str, float]:
     """Share of right answers on clean clips; the arrow of time is asked of each clip in both directions."""
-    features = extract_features(clips.video, network)
     mirrored = extract_features(clips.video.flip(2), network)
-    with torch.inference_mode():
-        right = {
-            "digit": network.digit(features).argmax(1) == clips.digit,
-            "direction": network.direction(features).argmax(1) == clips.direction,
-            "arrow_of_time": torch.cat([network.flaws(features)[:, 0] < 0, network.flaws(mirrored)[:, 0] > 0]),
-        }
+    right = {
+        "digit": network.digit(features).argmax(1) == clips.digit,
+        "direction": network.direction(features).argmax(1) == clips.direction,
+        "arrow_of_time": torch.cat([network.flaws(features)[:, 0] < 0, network.flaws(mirrored)[:, 0] > 0]),
+    }
     return {name: round(float(answers.float().mean()), 4) for name, answers in right.items()}
 
 
-def _reactions(network: MetricNetwork, clips: Tensor, others: Tensor) -> dict[str, float]:
-    """Fréchet distance from real clips to other real clips, intact and damaged in one way each."""
+def _reactions(network: MetricNetwork, real: Tensor, others: Tensor) -> dict[str, float]:
+    """Fréchet distance from features `real` to clips `others`, intact and damaged in one way each."""
     generator = torch.Generator().manual_seed(3)
 
     def shuffled(video: Tensor) -> Tensor:
@@ -218,7 +218,8 @@ def _reactions(network: MetricNetwork, clips: Tensor, others: Tensor) -> dict[st
         "noise_0.1": lambda video: video + 0.1 * torch.randn(video.shape, generator=generator),
         "time_reversed": lambda video: video.flip(2),
     }
-    return {name: round(frechet_video_distance(clips, apply(others), network), 3) for name, apply in damage.items()}
+    damaged = {name: extract_features(apply(others), network) for name, apply in damage.items()}
+    return {name: round(frechet_distance(real, features), 3) for name, features in damaged.items()}
 
 
 def _floors(features: Tensor, draws: int = 16) -> dict[str, dict[str, float]]:

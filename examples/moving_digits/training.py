@@ -98,7 +98,12 @@ def _rate_factor(step: int, progress: float, warmup_steps: int) -> float:
 
 
 def _save(
-    path: Path, step: int, spent: float, parameters: list[nn.Parameter], average: list[Tensor], optimizer: torch.optim.AdamW
+    path: Path,
+    step: int,
+    spent: float,
+    parameters: list[nn.Parameter],
+    average: list[Tensor],
+    optimizer: torch.optim.AdamW,
 ) -> None:
     tensors = {"step": torch.tensor(step), "spent": torch.tensor(spent, dtype=torch.float64)}
     for index, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):

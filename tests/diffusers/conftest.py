@@ -36,7 +36,13 @@ WAN_CALL: dict[str, Any] = {
     "guidance_scale": 3.0,
     "max_sequence_length": 8,
 }
-ANIMATE_CALL: dict[str, Any] = {"height": 16, "width": 16, "num_frames": 2, "num_inference_steps": 2, "guidance_scale": 3.0}
+ANIMATE_CALL: dict[str, Any] = {
+    "height": 16,
+    "width": 16,
+    "num_frames": 2,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+}
 PROMPTS = ["a seven moving left", "a three moving right"]
 
 
@@ -91,9 +97,9 @@ def tiny_wan() -> WanPipeline:
 def tiny_animate_diff() -> AnimateDiffPipeline:
     torch.manual_seed(0)
     unet = UNetMotionModel(
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
-        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlockMotion",),
+        up_block_types=("CrossAttnUpBlockMotion",),
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=32,
@@ -120,7 +126,7 @@ def tiny_animate_diff() -> AnimateDiffPipeline:
         tokenizer=word_tokenizer(),
         unet=unet.eval(),
         motion_adapter=MotionAdapter(
-            block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
+            block_out_channels=(16,), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
         ),
         scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
     )

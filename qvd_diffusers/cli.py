@@ -1,0 +1,224 @@
+"""The command `qvd`: calibrate, quantize, inspect, compare. Bad input ends with one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from qvd_core.errors import QVDError
+from qvd_core.quality import psnr, ssim
+from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
+from qvd_diffusers.listing import describe, megabytes, read_json, recorded_method, table
+from qvd_diffusers.pipeline import calibrate
+from qvd_diffusers.sampling import check_call, check_prompts, models_of, sample_all
+
+PRESETS: dict[str, Callable[..., QVDConfig]] = {
+    "default": QVDConfig,
+    "fast": QVDConfig.fast,
+    "best": QVDConfig.best,
+    "paper": QVDConfig.paper,
+}
+Command = Callable[[argparse.Namespace], None]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code. `--help` and misspelled options exit from inside argparse (0 and 2)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (QVDError, OSError, ImportError, ValueError) as error:
+        # Messages of other packages may run over many lines; the first says what is wrong.
+        print(f"qvd {options.command}: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line."""
+    parser = argparse.ArgumentParser(prog="qvd", description="int8 quantization for video diffusion pipelines.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _command(commands, "calibrate", run_calibrate, "sample in full precision and find the scales")
+    command.add_argument("pipeline", help="folder or Hub name of a full-precision pipeline")
+    _add_sampling(command)
+    _add_settings(command)
+    command.add_argument("--component", help="which denoiser, where the pipeline has several")
+    command.add_argument("--no-cache", action="store_true", help="calibrate anew and keep nothing in the cache")
+    command.add_argument("--out", required=True, type=Path, help="scales file to write, e.g. scales.safetensors")
+
+    command = _command(commands, "quantize", run_quantize, "quantize a pipeline's denoiser and save the pipeline")
+    command.add_argument("pipeline", help="folder or Hub name of a full-precision pipeline")
+    _add_settings(command)
+    command.add_argument("--scales", type=Path, help="scales file from `qvd calibrate`; default: data-free")
+    command.add_argument("--component", help="which component to quantize; default: every denoiser")
+    _add_loading(command)
+    command.add_argument("--out", required=True, type=Path, help="folder to write; must not exist or be empty")
+    command.add_argument("--force", action="store_true", help="replace the folder --out if there is one")
+
+    command = _command(commands, "inspect", run_inspect, "list the layers of a quantized folder or of a scales file")
+    command.add_argument("path", type=Path, help="pipeline folder, model folder or scales file")
+
+    command = _command(commands, "compare", run_compare, "sample two pipelines from the same noise: PSNR and SSIM")
+    command.add_argument("reference", help="folder or Hub name of the full-precision pipeline")
+    command.add_argument("quantized", help="folder or Hub name of the quantized pipeline")
+    _add_sampling(command)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
+    parser.add_argument("--prompt", action="extend", nargs="+", metavar="TEXT", default=[], help="prompts")
+    parser.add_argument("--call", type=Path, metavar="FILE", help="JSON file: other arguments of the pipeline call")
+    parser.add_argument("--seed", type=int, default=0, help="prompt number i starts from the noise of seed + i")
+    _add_loading(parser)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=list(COMPUTE_DTYPES), default="float32", help="type of what stays in floating point"
+    )
+    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=list(PRESETS), default="default", help="settings to start from")
+    parser.add_argument("--weight-bits", type=int, metavar="BITS", help="4 to 8")
+    parser.add_argument("--activation-bits", type=int, metavar="BITS", help="4 to 8")
+    parser.add_argument("--activation", choices=["token", "static"], help="activation scales: measured or calibrated")
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """`qvd calibrate`."""
+    prompts = read_prompts(options)
+    call = read_json(options.call) if options.call else {}
+    config = config_of(options)
+    pipe = load_pipeline(options.pipeline, options)
+    scales = calibrate(
+        pipe,
+        prompts,
+        config=config,
+        component=options.component,
+        seed=options.seed,
+        cache=not options.no_cache,
+        **call,
+    )
+    scales.save(options.out)
+    summary = scales.summary()
+    print(f"{options.out}: {summary['layers']:.0f} layers and {summary['temporal_layers']:.0f} temporal projections")
+
+
+def run_quantize(options: argparse.Namespace) -> None:
+    """`qvd quantize`."""
+    config = config_of(options, scales=options.scales, components=options.component)
+    refuse_output(options.out, options.pipeline, options.force)
+    refuse_quantized_folder(Path(options.pipeline), [options.component] if options.component else DENOISERS)
+    pipe = load_pipeline(options.pipeline, options, quantization_config=config)
+    quantized = {name: model for name, model in models_of(pipe).items() if getattr(model, "is_quantized", False)}
+    if not quantized:
+        raise QVDError(f"{options.pipeline} has no component to quantize: it has {', '.join(models_of(pipe))}.")
+    if options.out.exists():
+        shutil.rmtree(options.out)
+    pipe.save_pretrained(options.out)
+    for name, model in quantized.items():
+        layers = model.config["quantization_config"].layers
+        print(f"{options.out / name}: {len(layers)} int8 layers, {megabytes(bytes_of(model))}")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """`qvd inspect`."""
+    print(describe(options.path))
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """`qvd compare`."""
+    prompts = read_prompts(options)
+    call = {"output_type": "np", **(read_json(options.call) if options.call else {})}
+    videos, sizes = [], []
+    for path in (options.reference, options.quantized):
+        pipe = load_pipeline(path, options)
+        check_call(pipe, call)
+        runs = sample_all(pipe, prompts, options.seed, call, f"Sampling {Path(path).name}", progress=True)
+        videos.append([as_video(run) for run in runs])
+        sizes.append(sum(bytes_of(model) for name, model in models_of(pipe).items() if name in DENOISERS))
+        del pipe  # never both pipelines in memory
+    figures = [(psnr(a, b).mean().item(), ssim(a, b).mean().item()) for a, b in zip(*videos, strict=True)]
+    means = (sum(column) / len(figures) for column in zip(*figures, strict=True))
+    rows = [*zip(prompts, figures, strict=True), ("mean", tuple(means))]
+    print(table(("prompt", "PSNR dB", "SSIM"), [(name, f"{pair[0]:.2f}", f"{pair[1]:.4f}") for name, pair in rows]))
+    print(f"denoiser: {megabytes(sizes[0])} against {megabytes(sizes[1])} ({sizes[1] / sizes[0]:.2f})")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Prompts from --prompts (blank lines do not count) and --prompt."""
+    prompts = list(options.prompt)
+    if options.prompts:
+        prompts += [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return check_prompts(prompts)
+
+
+def config_of(options: argparse.Namespace, **loading: Any) -> QVDConfig:
+    """The preset with the settings that were given."""
+    given = {name: getattr(options, name) for name in ("weight_bits", "activation_bits", "activation")}
+    return PRESETS[options.preset](**{name: value for name, value in given.items() if value is not None}, **loading)
+
+
+def load_pipeline(name: str, options: argparse.Namespace, **arguments: Any) -> DiffusionPipeline:
+    """A pipeline from a folder or from the Hub. Raises QVDError when `name` is neither."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise QVDError(f"{name} is not a pipeline folder: it has no model_index.json.")
+    if not folder.is_dir() and (folder.exists() or not HUB_NAME.fullmatch(name)):
+        raise QVDError(f"{name} is neither a pipeline folder nor a name on the Hub (owner/name).")
+    pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=COMPUTE_DTYPES[options.dtype], **arguments)
+    return pipe.to(options.device)
+
+
+def refuse_output(out: Path, source: str, force: bool) -> None:
+    """Raise QVDError before anything is loaded when the result could not, or should not, be written to `out`."""
+    if out.is_file():
+        raise QVDError(f"--out {out} is a file: give a folder.")
+    if Path(source).exists() and out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise QVDError(f"--out {out} would overwrite the pipeline that is read: give another folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise QVDError(f"--out {out} is not empty: give another folder, or --force to replace it.")
+        if not (out / "model_index.json").is_file():
+            raise QVDError(f"--out {out} is not a pipeline folder, --force replaces nothing else: give another folder.")
+
+
+def refuse_quantized_folder(folder: Path, components: Sequence[str]) -> None:
+    """Raise QVDError for a pipeline with a quantized component; diffusers would load it and ignore our settings."""
+    for name in components:
+        method = recorded_method(folder / name)
+        if method is not None:
+            raise QVDError(f"{folder / name} is quantized already, by {method}: quantize the full-precision pipeline.")
+
+
+def as_video(run: Any) -> torch.Tensor:
+    """The frames of a pipeline's output as [B, C, T, H, W] in [0, 1]."""
+    frames = torch.as_tensor(run.frames)  # [B, T, H, W, C]
+    return frames.permute(0, 4, 1, 2, 3).float().clamp(0, 1)
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of all tensors that are saved with a model."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
