@@ -1,6 +1,7 @@
 """QVD's core: quantizers, folds, int8 layers and calibration of video diffusion models, on torch and safetensors."""
 
 from qvd_core.calibrate import calibrate_model
+from qvd_core.checkpoint import load_checkpoint, save_checkpoint
 from qvd_core.convert import dequantize_model, quantize_model
 from qvd_core.errors import QVDError
 from qvd_core.families import find_family
@@ -9,4 +10,14 @@ from qvd_core.spec import QuantSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["QVDError", "QuantSpec", "Scales", "calibrate_model", "dequantize_model", "find_family", "quantize_model"]
+__all__ = [
+    "QVDError",
+    "QuantSpec",
+    "Scales",
+    "calibrate_model",
+    "dequantize_model",
+    "find_family",
+    "load_checkpoint",
+    "quantize_model",
+    "save_checkpoint",
+]

@@ -16,7 +16,7 @@ from qvd_core.errors import QVDError
 from qvd_core.families import Family, family_or_generic
 from qvd_core.fingerprint import content_fingerprint, structure_fingerprint, weight_probe
 from qvd_core.observe import FeatureObserver, InputObserver
-from qvd_core.plan import quantizable_layers, refuse_quantized
+from qvd_core.plan import layer_spec, quantizable_layers, refuse_quantized
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer, fit_temporal_quantizer
@@ -176,7 +176,8 @@ def _search_transforms(watch: _Watch, layers: dict[str, nn.Module], scales: Scal
             continue  # never reached by this run; the plan decides whether that matters
         statistics = _statistics(names[0], observer)
         members = {name: _member(layers[name]) for name in names}
-        transform = choose_transform(statistics, list(members.values()), scales.spec)
+        spec = layer_spec(watch.family, names[0], scales.spec)
+        transform = choose_transform(statistics, list(members.values()), spec)
         for name, member in members.items():
             scales.layers[name] = LayerScales(
                 input_min=statistics.minimum,
@@ -186,7 +187,7 @@ def _search_transforms(watch: _Watch, layers: dict[str, nn.Module], scales: Scal
                 input_scale=transform.scale,
                 weight_probe=weight_probe(member.weight),
             )
-            scales.report[name] = _figures(statistics, member, transform, scales.spec)
+            scales.report[name] = _figures(statistics, member, transform, spec)
     if progress is not None:
         progress(len(watch.groups), len(watch.groups), "done")
 

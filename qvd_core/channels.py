@@ -114,7 +114,7 @@ def quantized_output(
     x = semantics.transform(statistics.rows, shift, scale)
     if spec.activation == "static":
         step = static_step(statistics.minimum, statistics.maximum, transform, spec.activation_bits)
-    elif taps > 1:  # a convolution's dynamic step is one per image; the sample stands for it
+    elif member.weight.dim() == 4:  # a convolution's dynamic step is one per image; the sample stands for it
         step = semantics.token_step(x, spec.activation_bits, dims=(0, 1))
     else:
         step = semantics.token_step(x, spec.activation_bits)

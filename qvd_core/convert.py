@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from qvd_core.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from qvd_core.plan import LayerPlan, plan_layers
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.spec import QuantSpec
+from qvd_core.temporal import TemporalQuantizer
 from qvd_core.temporal_layer import TemporalLinear, codebook_tensors
 from qvd_core.weights import fold_transform, quantize_weight
 
@@ -43,16 +44,23 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scal
     for name in plan:
         layer = model.get_submodule(name)
         check_layer(name, layer.weight, layer.bias, scales)  # type: ignore[arg-type]
+    uncalibrated = [name for name, layer_plan in plan.items() if _needs_codebook(name, layer_plan, scales)]
+    codebook = _fit_data_free(model, [model.get_submodule(name) for name in uncalibrated], spec)
     for name, layer_plan in plan.items():
         source = model.get_submodule(name)
         weight, bias = source.weight, source.bias
         assert isinstance(weight, Tensor)
         tensors = encode_layer(name, layer_plan, weight, bias, spec, scales)  # type: ignore[arg-type]
+        if codebook is not None and name in uncalibrated:
+            tensors.update(codebook_tensors(codebook, weight.shape[1]))
         layer = make_layer(source, layer_plan, spec, weight.dtype)
         fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in tensors.items()})
         model.set_submodule(name, layer)
-    fit_temporal_layers(model, spec)
     return model
+
+
+def _needs_codebook(name: str, plan: LayerPlan, scales: Scales | None) -> bool:
+    return "codebook" in plan.tensors and (scales is None or name not in scales.temporal)
 
 
 def check_layer(name: str, weight: Tensor, bias: Tensor | None, scales: Scales | None) -> None:
@@ -78,7 +86,7 @@ def encode_layer(
     tensors: dict[str, Tensor] = {}
     if calibrated is not None and plan.kind != "temporal" and "bias" in plan.tensors:
         transformed = "input_shift" in plan.tensors
-        transform = _transform(calibrated, plan)
+        transform = _transform(calibrated, plan, spec)
         shift, scale = transform.shift.to(weight.device), transform.scale.to(weight.device)
         mean = calibrated.input_mean.to(weight.device) if spec.bias_correction else None
         quantized, folded = fold_transform(weight, bias, shift, scale, mean, spec.weight_bits)
@@ -92,7 +100,7 @@ def encode_layer(
     if "activation_scale" in plan.tensors:
         assert calibrated is not None
         tensors["activation_scale"] = static_step(
-            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan), spec.activation_bits
+            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan, spec), spec.activation_bits
         )
     if "codebook" in plan.tensors and scales is not None and name in scales.temporal:
         tensors.update(codebook_tensors(scales.temporal[name], weight.shape[1]))
@@ -137,32 +145,38 @@ def fill_layer(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def fit_temporal_layers(model: nn.Module, spec: QuantSpec) -> None:
-    """Data-free HTDQ: fit the codebooks that no calibration has filled, from the model's own timestep embedding.
+    """Data-free HTDQ: fit the codebooks that no calibration has filled, from the model's own timestep embedding."""
+    waiting = [
+        module
+        for module in model.modules()
+        if isinstance(module, TemporalLinear) and module.levels is not None and module.levels.is_meta
+    ]
+    codebook = _fit_data_free(model, waiting, spec)
+    if codebook is None:
+        return
+    for layer in waiting:
+        tensors = codebook_tensors(codebook, layer.in_features)
+        fill_layer(layer, {key: tensor.to(layer.weight.device) for key, tensor in tensors.items()})
+        layer.forget()
+
+
+def _fit_data_free(model: nn.Module, projections: Sequence[nn.Module], spec: QuantSpec) -> TemporalQuantizer | None:
+    """One codebook for temporal projections, float or int8, from the model's timestep embedding; changes nothing.
 
     METHOD section 2: where the embedding depends on the timestep alone the feature set is finite and needs no data.
     Works on a grid over the training range, so that any sampler's steps lie inside.
     """
-    waiting = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, TemporalLinear) and module.levels is not None and module.levels.is_meta
-    }
     family = find_family(model)
-    if not waiting or family is None:
-        return
+    if not projections or family is None:
+        return None
     modules = dict(model.named_modules())
-    device = next(iter(waiting.values())).weight.device
-    features = torch.linspace(0, TRAINING_TIMESTEPS, DATA_FREE_TIMESTEPS, device=device)
+    features = torch.linspace(0, TRAINING_TIMESTEPS, DATA_FREE_TIMESTEPS, device=projections[0].weight.device)  # type: ignore[arg-type]
     for name in family.temporal_features:
         parameter = next(modules[name].parameters(), None)
         features = modules[name](features if parameter is None else features.to(parameter.dtype))
-    quantizer, report = fit_group(features.float().cpu(), list(waiting.values()), spec)
+    quantizer, report = fit_group(features.float().cpu(), list(projections), spec)
     logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report.get("tdr", float("nan")))
-    for layer in waiting.values():
-        fill_layer(
-            layer, {key: value.to(device) for key, value in codebook_tensors(quantizer, layer.in_features).items()}
-        )
-        layer.forget()
+    return quantizer
 
 
 @torch.no_grad()
@@ -209,8 +223,10 @@ def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d:
     return nn.Linear(layer.in_features, layer.out_features, bias=bias)
 
 
-def _transform(calibrated: LayerScales, plan: LayerPlan) -> Transform:
-    """The calibrated transform, or the identity where the plan carries none."""
+def _transform(calibrated: LayerScales, plan: LayerPlan, spec: QuantSpec) -> Transform:
+    """As much of the calibrated transform as the plan carries and `spec` allows."""
+    identity = Transform.identity(len(calibrated.input_shift))
     if "input_shift" not in plan.tensors:
-        return Transform.identity(len(calibrated.input_shift))
-    return Transform("calibrated", calibrated.input_shift, calibrated.input_scale)
+        return identity
+    shift = calibrated.input_shift if spec.shift else identity.shift
+    return Transform("calibrated", shift, calibrated.input_scale if spec.scale != "none" else identity.scale)

@@ -18,10 +18,13 @@ METADATA_KEY = "qvd"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
-    """Write tensors and a JSON description as one safetensors file, atomically. Raises QVDError when it cannot."""
+    """Write tensors and a JSON description as one safetensors file, atomically. Raises QVDError when it cannot.
+
+    What JSON has no type for is written as its `repr`.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Layers that read one input share its statistics; the format wants every tensor to own its memory.
@@ -51,7 +54,7 @@ def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
         raise QVDError(f"{what} file {path} is damaged or no safetensors file ({error}): make it again.") from error
     try:
         description = json.loads(metadata[METADATA_KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise QVDError(f"{path} is a safetensors file but not a {what} file of QVD.") from error
     if not isinstance(description, dict):
         raise QVDError(f"{path} is a safetensors file but not a {what} file of QVD.")

@@ -50,6 +50,11 @@ def content_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"|{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
         digest.update(weight_probe(parameter).numpy().tobytes())
-        if parameter.numel():
-            digest.update(torch.sum(parameter.detach().double()).cpu().numpy().tobytes())
+        digest.update(f"={_sum_of_bits(parameter)}".encode())
     return digest.hexdigest()[:32]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """The sum of a tensor's memory as integers: unlike a float sum the same in any order, on any device."""
+    flat = tensor.detach().reshape(-1)
+    return int(flat.view(torch.uint8 if flat.element_size() == 1 else torch.int16).sum(dtype=torch.int64))

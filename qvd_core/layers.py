@@ -69,6 +69,8 @@ class QuantizedLayer(nn.Module):
         """Move like any module, but keep the float32 buffers float32 when `fn` casts."""
         kept = {name: tensor for name in _FLOAT32_BUFFERS if (tensor := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A cast is meant for the layer's compute dtype too.
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype != torch.float32:
@@ -158,7 +160,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def _describe(layer: QuantizedLayer) -> str:
-    activation = layer.spec.activation
+    activation = "token" if layer.activation_scale is None else "static"
     transform = "shift+scale" if layer.input_shift is not None else "plain"
     bits = f"W{layer.spec.weight_bits}A{layer.spec.activation_bits}"
     return f"{bits} {activation}, {transform}, bias={layer.bias is not None}"

@@ -13,7 +13,8 @@ ROWS_KEPT = 512
 
 
 class InputObserver:
-    """Per-channel min, max and mean of a layer's input, and a uniform sample of the rows the layer multiplies.
+    """Per-channel min, max (with the zeros of a padding) and mean of a layer's input, and a uniform sample of the rows
+    the layer multiplies.
 
     For a linear, rows are tokens [K]; for a convolution they are unfolded patches [C * kh * kw].
     """
@@ -34,6 +35,8 @@ class InputObserver:
         pixels = x.permute(0, 2, 3, 1) if isinstance(self.module, nn.Conv2d) else x
         pixels = pixels.reshape(-1, pixels.shape[-1])
         low, high = pixels.amin(dim=0).float(), pixels.amax(dim=0).float()
+        if isinstance(self.module, nn.Conv2d) and any(self.module._reversed_padding_repeated_twice):
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # the padding is quantized with the image
         total = pixels.double().sum(dim=0) if pixels.device.type != "mps" else pixels.float().sum(dim=0)
         if self.minimum is None or self.maximum is None or self.total is None:
             self.minimum, self.maximum, self.total = low, high, total

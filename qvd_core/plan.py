@@ -7,7 +7,7 @@ all a loader needs to rebuild the skeleton of a saved model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -42,7 +42,8 @@ def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dic
     return {
         name: module
         for name, module in candidates.items()
-        if name not in outermost
+        if name  # a bare layer has no parent to be replaced in
+        and name not in outermost
         and _is_plain(module)
         and not family.keeps(name)
         and not has_prefix(name, spec.modules_to_not_convert)
@@ -72,8 +73,13 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
             fitted = spec.temporal != "none" and (bool(family.temporal_features) or _has_codebook(scales, name))
             plan[name] = LayerPlan("temporal", _present(bias=module.bias is not None, codebook=fitted))
         else:
-            plan[name] = _plan_gemm(name, module, spec, scales)
+            plan[name] = _plan_gemm(name, module, layer_spec(family, name, spec), scales)
     return plan
+
+
+def layer_spec(family: Family, name: str, spec: QuantSpec) -> QuantSpec:
+    """The settings one layer is quantized with: layers that read the prompt are dynamic whatever the model is."""
+    return replace(spec, activation="token") if family.reads_prompt(name) else spec
 
 
 def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:
@@ -109,8 +115,9 @@ def refuse_quantized(model: nn.Module) -> None:
     """Raise QVDError when `model` already holds quantized weights, QVD's own or another backend's."""
     method = getattr(model, "quantization_method", None)
     for name, parameter in model.named_parameters():
-        # Backends mark their weights by an integer dtype or by a tensor subclass.
-        if not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
+        # Backends mark their weights by an integer or 8-bit float dtype or by a tensor subclass.
+        codes = not parameter.is_floating_point() or parameter.element_size() < 2
+        if codes or type(parameter.data) is not torch.Tensor:
             backend = f" by {getattr(method, 'value', method)}" if method else ""
             raise QVDError(
                 f"{type(model).__name__} is quantized already{backend} ({name} is {type(parameter.data).__name__} of "
@@ -126,12 +133,14 @@ def plan_to_dict(plan: Mapping[str, LayerPlan]) -> dict[str, list[str]]:
 def plan_from_dict(values: Mapping[str, Any]) -> dict[str, LayerPlan]:
     """Inverse of `plan_to_dict`; raises QVDError on anything it does not know."""
     plan: dict[str, LayerPlan] = {}
+    if not isinstance(values, Mapping):
+        raise QVDError(f"the recorded plan is {values!r}, not a table of layers: damaged, or from a newer QVD.")
     for name, entry in values.items():
         if not isinstance(entry, list) or not entry or entry[0] not in get_args(LayerKind):
             raise QVDError(f"the recorded plan of layer {name!r} is {entry!r}: damaged, or from a newer QVD.")
-        unknown = set(entry[1:]) - set(get_args(OptionalTensor))
+        unknown = [tensor for tensor in entry[1:] if tensor not in get_args(OptionalTensor)]
         if unknown:
-            raise QVDError(f"layer {name!r} is said to hold {sorted(unknown)}: damaged, or from a newer QVD.")
+            raise QVDError(f"layer {name!r} is said to hold {unknown}: damaged, or from a newer QVD.")
         plan[name] = LayerPlan(entry[0], cast("tuple[OptionalTensor, ...]", tuple(entry[1:])))
     return plan
 

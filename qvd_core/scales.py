@@ -103,10 +103,10 @@ class Scales:
                 spec=QuantSpec.from_dict(description["spec"]),
                 layers=layers,
                 temporal=temporal,
-                report=description["report"],
-                calibrated_on=description["calibrated_on"],
+                report={name: _figures(values) for name, values in description["report"].items()},
+                calibrated_on=dict(description["calibrated_on"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise QVDError(f"scales file {path} is damaged ({error}): calibrate again.") from error
 
     def check_structure(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -117,13 +117,14 @@ class Scales:
                 f"{self.fingerprint[:8]}; this {type(model).__name__} has {structure_fingerprint(model)[:8]}): "
                 "calibrate this model."
             )
-        for name, scales in self.layers.items():
+        found = {name: scales.input_shift.numel() for name, scales in self.layers.items()}
+        found |= {name: size for name, codebook in self.temporal.items() if (size := codebook.offset.numel()) > 1}
+        for name, size in found.items():
             module = layers.get(name)
             channels = getattr(module, "in_features", getattr(module, "in_channels", None))
-            if channels is not None and scales.input_shift.numel() != channels:
+            if channels is not None and size != channels:
                 raise QVDError(
-                    f"the scales of layer {name} have {scales.input_shift.numel()} channels, the layer has {channels}: "
-                    "calibrate this model."
+                    f"the scales of layer {name} have {size} channels, the layer has {channels}: calibrate this model."
                 )
 
     def check_weight(self, name: str, weight: Tensor) -> None:
@@ -143,6 +144,10 @@ class Scales:
             values = [figures[key] for figures in self.report.values() if key in figures]
             means[key] = sum(values) / len(values)
         return {"layers": float(len(self.layers)), "temporal_layers": float(len(self.temporal)), **means}
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items()}
 
 
 def _below(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:

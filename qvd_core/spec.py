@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ class QuantSpec:
 
     weight_bits, activation_bits: 4 to 8; below 8 the codes still live in int8 containers.
     activation: "token" measures one scale per token (per image for convolutions) while running;
-        "static" uses one calibrated scale per layer.
+        "static" uses one calibrated scale per layer (layers that read the prompt stay dynamic).
     shift, scale: SCRI (METHOD section 3); both need calibrated scales, without them they are the identity.
     temporal, temporal_quantizer: HTDQ (METHOD section 2). "table" remembers the projection of every timestep,
         "online" computes it each time, "none" leaves temporal features unquantized (their weights are still int8).
@@ -65,9 +65,10 @@ class QuantSpec:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         names = self.modules_to_not_convert
-        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+        listed = () if names is None else tuple(names) if isinstance(names, Iterable) else (names,)
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in listed):
             raise ValueError(f"modules_to_not_convert must be a sequence of layer names, got {names!r}.")
-        object.__setattr__(self, "modules_to_not_convert", tuple(names or ()))
+        object.__setattr__(self, "modules_to_not_convert", listed)
 
     @property
     def transforms_inputs(self) -> bool:

@@ -66,7 +66,7 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
         rows = input.reshape(-1, self.in_features)
         use_table = (
             self.spec.temporal == "table"
-            and len(rows) <= MAX_DISTINCT_LOOKUPS
+            and 0 < len(rows) <= MAX_DISTINCT_LOOKUPS
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
         )
@@ -78,14 +78,16 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
         rows = rows.float()
         if self.levels is not None:
             code = torch.bucketize((rows - self.offset) / self.gain, self.boundaries)
-            rows = self.levels[code] * self.gain + self.offset
+            decoded = self.levels[code] * self.gain + self.offset
+            rows = torch.where(rows.isnan(), rows, decoded)  # NaN has no code, and must not vanish in one
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(rows, self.dequantized_weight(), bias)
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.linear(rows, self.dequantized_weight(), bias)
 
     def _look_up(self, rows: Tensor) -> Tensor:
         """Project rows [M, C] through the table, adding what it does not hold yet."""
         index = self._find(rows)
-        if (index < 0).any():
+        while (index < 0).any():  # more than once where new rows push known ones of this call out
             if not rows.isfinite().all():
                 return self.project(rows)  # NaN equals nothing, so it could never be found again
             self._remember(rows[index < 0])

@@ -26,7 +26,7 @@ _SAME_DISTANCE = 1e-6  # two sets of distances without spread that agree this we
 
 _CORRELATION_ROWS = 128  # a search correlates the pairs of at most so many steps; its report takes all
 _GRAM_BUDGET = 2 * 10**10  # multiply-adds to spend on an exact Gram matrix: about a second on one CPU core
-_SKETCH_ROWS = 2048
+_SKETCH_ROWS = 512
 _CHUNK_ELEMENTS = 2**24  # float32 copies of a large projection are made 64 MiB at a time
 
 

@@ -36,7 +36,8 @@ def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
     weight = weight.float()
     limit = code_limit(bits)
     peak = weight.abs().flatten(1).amax(dim=1).view(-1, *[1] * (weight.dim() - 1))
-    full = torch.where(peak > 0, peak / limit, torch.ones_like(peak))
+    full = peak / limit
+    full = torch.where(full > 0, full, torch.ones_like(full))
     if bits >= 8:
         return QuantizedWeight(_encode(weight, full, limit), full)
     best_scale, best_error = full, torch.full_like(full, torch.inf)

@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
-    except (QVDError, OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError) as error:  # QVDError is a ValueError
         # Messages of other packages may run over many lines; the first says what is wrong.
         print(f"qvd {options.command}: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         return 2
@@ -128,14 +129,15 @@ def run_quantize(options: argparse.Namespace) -> None:
     refuse_output(options.out, options.pipeline, options.force)
     refuse_quantized_folder(Path(options.pipeline), [options.component] if options.component else DENOISERS)
     pipe = load_pipeline(options.pipeline, options, quantization_config=config)
-    quantized = {name: model for name, model in models_of(pipe).items() if getattr(model, "is_quantized", False)}
+    models: dict[str, Any] = models_of(pipe)
+    quantized = {name: model for name, model in models.items() if getattr(model, "is_quantized", False)}
     if not quantized:
-        raise QVDError(f"{options.pipeline} has no component to quantize: it has {', '.join(models_of(pipe))}.")
+        raise QVDError(f"{options.pipeline} has no component to quantize: it has {', '.join(models)}.")
     if options.out.exists():
         shutil.rmtree(options.out)
     pipe.save_pretrained(options.out)
     for name, model in quantized.items():
-        layers = model.config["quantization_config"].layers
+        layers = model.hf_quantizer.quantization_config.layers
         print(f"{options.out / name}: {len(layers)} int8 layers, {megabytes(bytes_of(model))}")
 
 
@@ -148,6 +150,8 @@ def run_compare(options: argparse.Namespace) -> None:
     """`qvd compare`."""
     prompts = read_prompts(options)
     call = {"output_type": "np", **(read_json(options.call) if options.call else {})}
+    for path in (options.reference, options.quantized):
+        check_source(path)
     videos, sizes = [], []
     for path in (options.reference, options.quantized):
         pipe = load_pipeline(path, options)
@@ -179,13 +183,21 @@ def config_of(options: argparse.Namespace, **loading: Any) -> QVDConfig:
 
 def load_pipeline(name: str, options: argparse.Namespace, **arguments: Any) -> DiffusionPipeline:
     """A pipeline from a folder or from the Hub. Raises QVDError when `name` is neither."""
+    check_source(name)
+    with warnings.catch_warnings():
+        # The old keyword is the one that every supported diffusers understands.
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=COMPUTE_DTYPES[options.dtype], **arguments)
+    return pipe.to(options.device)
+
+
+def check_source(name: str) -> None:
+    """Raise QVDError when `name` can be neither a pipeline's folder nor its name on the Hub."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise QVDError(f"{name} is not a pipeline folder: it has no model_index.json.")
     if not folder.is_dir() and (folder.exists() or not HUB_NAME.fullmatch(name)):
         raise QVDError(f"{name} is neither a pipeline folder nor a name on the Hub (owner/name).")
-    pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=COMPUTE_DTYPES[options.dtype], **arguments)
-    return pipe.to(options.device)
 
 
 def refuse_output(out: Path, source: str, force: bool) -> None:

@@ -45,7 +45,7 @@ class QVDMethod(str, Enum):
 
 
 @dataclasses.dataclass(repr=False)
-class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuantizationConfig):  # type: ignore[misc]
+class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuantizationConfig):
     """Quantize a video diffusion model to int8 while it is loaded.
 
     The same object works for a pipeline (`DiffusionPipeline.from_pretrained(..., quantization_config=QVDConfig())`),

@@ -42,7 +42,7 @@ from qvd_diffusers.streaming import (
 logger = logging.getLogger(__name__)
 
 
-class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class QVDQuantizer(DiffusersQuantizer):
     """Created by diffusers for one model that is being loaded; stays with the model as `model.hf_quantizer`."""
 
     # Without this, diffusers would cast even the modules that a model class keeps in float32.
@@ -225,6 +225,8 @@ class QVDQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self._outstanding:
             names = enumerate_names(self._outstanding)
             raise QVDError(f"{names} never arrived: the checkpoint is incomplete, download or save it again.")
+        if self._encoder is not None:
+            logger.info("%s: %d layers quantized to int8.", type(model).__name__, len(self._plan))
         config = self.quantization_config
         config.layers = plan_to_dict(self._plan)
         config.compute_dtype = self._dtype

@@ -29,7 +29,7 @@ def _register_with_transformers() -> None:
     except ImportError:
         return
 
-    class TextEncoderRefusal(HfQuantizer):  # type: ignore[misc]
+    class TextEncoderRefusal(HfQuantizer):
         """Answers a request for a quantized text encoder with one clear error.
 
         Without it transformers either fails with a list of other methods or, for a checkpoint, only warns and

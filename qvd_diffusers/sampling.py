@@ -49,8 +49,7 @@ def find_denoiser(pipe: DiffusionPipeline, component: str | None = None) -> nn.M
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The models a pipeline really has (optional ones may be None), by component name."""
-    parts = {name: getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")}
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and not name.startswith("_")}
 
 
 def check_prompts(prompts: Any) -> list[str]:

@@ -94,8 +94,9 @@ class Judge:
         """reference: clips [N, 3, T, H, W] in [0, 1]; the first `prompts` of them count for PSNR and SSIM."""
         self.network, self.prompts, self.reference = network, prompts, reference
         self.asked = sampling.labels_of(captions)
-        real = MovingDigits("test").sample(*reference.shape[:3:2], torch.Generator().manual_seed(REAL_SEED)).video
-        self.real_features = extract_features(real, network)
+        clips, frames = len(reference), reference.shape[2]
+        real = MovingDigits("test").sample(clips, frames, torch.Generator().manual_seed(REAL_SEED))
+        self.real_features = extract_features(real.video, network)
         self.features, self.seen = self._look_at(reference)
 
     def _look_at(self, video: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -1,5 +1,7 @@
 """Train the UNet miniature: a stock `AnimateDiffPipeline` that draws moving digits.
 
+Three stages, each of which reads what the one before left in the work folder (`--work`):
+
     python -m examples.moving_digits.train_unet vae --minutes 6
     python -m examples.moving_digits.train_unet denoiser --minutes 65
     python -m examples.moving_digits.train_unet export
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .data import CANVAS, MovingDigits, all_captions
-from .training import TrainingOptions, train
+from examples.moving_digits.data import CANVAS, MovingDigits, all_captions
+from examples.moving_digits.training import TrainingOptions, train
 
 MODEL_FOLDER = Path(__file__).with_name("unet")
 FRAMES = 8
@@ -32,13 +34,13 @@ KL_WEIGHT = 2e-4  # small: the latents should reconstruct first and be smooth se
 BATCH = 16
 TRAINING_CLIPS = 6000
 CAPTION_DROPOUT = 0.1  # the share of captions replaced by "", which guidance needs
-CALL: dict[str, Any] = {  # arguments of a pipeline call, beside the prompt and the generator
+# The arguments of a pipeline call beside prompt and generator; the negative prompt is "" unless given.
+CALL: dict[str, Any] = {
     "height": CANVAS,
     "width": CANVAS,
     "num_frames": FRAMES,
     "num_inference_steps": 12,
     "guidance_scale": 2.0,
-    "negative_prompt": "",
 }
 
 

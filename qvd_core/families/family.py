@@ -18,6 +18,8 @@ class Family:
     temporal_features: modules to call one after the other on a timestep `[T]` to get the input of the temporal
         projections `[T, C]`; empty where the embedding also holds text, fps or guidance.
     shared_inputs: (parent pattern, child names): linears below one parent that read the same tensor.
+    prompt_inputs: layers that read the text (or image) condition. Their ranges belong to the prompt, which no
+        calibration can foresee, and they see few tokens: they keep dynamic scales when everything else is static.
     timestep_argument: name of the denoiser's forward argument that holds the timestep.
     """
 
@@ -27,6 +29,7 @@ class Family:
     temporal: tuple[str, ...] = ()
     temporal_features: tuple[str, ...] = ()
     shared_inputs: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    prompt_inputs: tuple[str, ...] = ()
     timestep_argument: str = "timestep"
     minimum_features: int = 1
 
@@ -35,6 +38,9 @@ class Family:
 
     def is_temporal(self, layer: str) -> bool:
         return matches(layer, self.temporal)
+
+    def reads_prompt(self, layer: str) -> bool:
+        return matches(layer, self.prompt_inputs)
 
     def input_group(self, layer: str) -> str:
         """A name shared by exactly the layers that read the same input as `layer`."""

@@ -31,6 +31,7 @@ WAN = Family(
         ("blocks.*.attn2", ("to_k", "to_v")),
         ("blocks.*.attn2", ("add_k_proj", "add_v_proj")),
     ),
+    prompt_inputs=tuple(f"blocks.*.attn2.{layer}" for layer in ("to_k", "to_v", "add_k_proj", "add_v_proj")),
 )
 
 ANIMATEDIFF = Family(
@@ -45,6 +46,7 @@ ANIMATEDIFF = Family(
         ("**.attentions.*.transformer_blocks.*.attn1", ("to_q", "to_k", "to_v")),
         ("**.attentions.*.transformer_blocks.*.attn2", ("to_k", "to_v")),
     ),
+    prompt_inputs=tuple(f"**.attentions.*.transformer_blocks.*.attn2.{layer}" for layer in ("to_k", "to_v")),
 )
 
 FAMILIES: tuple[Family, ...] = (WAN, ANIMATEDIFF)
@@ -55,7 +57,7 @@ GENERIC = Family(name="generic", classes=(), keep=(), minimum_features=GENERIC_M
 # Class names of what QVD does not quantize: image and audio denoisers, autoencoders, text and image encoders.
 # Names of one part, so the pattern grammar's "*" cannot be used; a prefix or suffix says enough.
 _NOT_VIDEO_PREFIXES = ("Autoencoder", "VQModel", "UNet1D", "UNet2D", "CLIP", "T5", "UMT5", "Llama", "Qwen2", "Gemma")
-_NOT_VIDEO_SUFFIXES = ("Transformer2DModel", "TextModel", "TextEncoder", "VisionModel", "EncoderModel")
+_NOT_VIDEO_SUFFIXES = ("2DModel", "TextModel", "TextEncoder", "VisionModel", "EncoderModel")
 
 
 def find_family(model: Any) -> Family | None:

@@ -36,7 +36,7 @@ def resolve_backend(name: str = "auto") -> str:
 
     Raises QVDError for an unknown name.
     """
-    name = os.environ.get("QVD_BACKEND", name)
+    name = os.environ.get("QVD_BACKEND") or name
     if name == "auto":
         return "emulated"
     if name not in _BACKENDS:
@@ -48,8 +48,7 @@ def _quantize_activation(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
     x = semantics.transform(x, shift, scale)
-    # The static step is cloned because an operator may not return one of its inputs.
-    step = semantics.token_step(x, bits) if static_step is None else static_step.clone()
+    step = semantics.token_step(x, bits) if static_step is None else semantics.checked_step(x, static_step)
     return semantics.encode(x, step, bits), step
 
 
@@ -62,7 +61,8 @@ def _int8_linear(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    total = _BACKENDS[backend].integer_linear(codes, weight)
+    with torch.autocast(codes.device.type, enabled=False):  # it would round the sums to 16 bits
+        total = _BACKENDS[backend].integer_linear(codes, weight)
     return semantics.epilogue(total, step, weight_scale.view(1, -1), bias).to(dtype)
 
 
@@ -77,7 +77,8 @@ def _int8_conv2d(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    total = _BACKENDS[backend].integer_conv2d(codes, weight, stride, dilation)
+    with torch.autocast(codes.device.type, enabled=False):
+        total = _BACKENDS[backend].integer_conv2d(codes, weight, stride, dilation)
     per_channel = (1, -1, 1, 1)
     bias = None if bias is None else bias.view(per_channel)
     return semantics.epilogue(total, step, weight_scale.view(per_channel), bias).to(dtype)
@@ -139,7 +140,7 @@ def quantize_activation(
     """Shift, scale and quantize the rows of x.
 
     x [M, K], any float dtype. shift, scale float32 [K] or None (SCRI). static_step float32 [1], or None for one
-    dynamic step per row. Returns codes int8 [M, K] and step float32 [M, 1] (or [1]).
+    dynamic step per row. Returns codes int8 [M, K] and step float32 [M, 1] (or [1]); a NaN in x makes its step NaN.
     """
     codes, step = torch.ops.qvd.quantize_activation(x, shift, scale, static_step, bits)
     return codes, step

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qvd_core.ops import reference
+
 EXACT_TERMS = 1024  # 1024 * 128 * 128 = 2^24
 
 
@@ -27,8 +29,10 @@ def integer_linear(codes: Tensor, weight: Tensor) -> Tensor:
 
 def integer_conv2d(codes: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
     """codes int8 [B, C, H, W] * weight int8 [N, C, kh, kw] -> float32 [B, N, H', W'], no padding."""
-    channels_per_piece = max(1, EXACT_TERMS // (weight.shape[2] * weight.shape[3]))
+    channels_per_piece = EXACT_TERMS // (weight.shape[2] * weight.shape[3])
     channels = codes.shape[1]
+    if channels_per_piece == 0:  # one channel of a 33 x 33 kernel is too long a sum already
+        return reference.integer_conv2d(codes, weight, stride, dilation)
     if channels <= channels_per_piece:
         return F.conv2d(codes.float(), weight.float(), stride=stride, dilation=dilation)
     total: Tensor | None = None

@@ -33,6 +33,11 @@ def token_step(x: Tensor, bits: int, dims: tuple[int, ...] = (-1,)) -> Tensor:
     return (x.abs().amax(dim=dims, keepdim=True) / code_limit(bits)).clamp(min=MINIMUM_STEP)
 
 
+def checked_step(x: Tensor, static_step: Tensor) -> Tensor:
+    """A static step [1] for x: its own copy, NaN where x holds NaN, which has no code and must not vanish in one."""
+    return torch.where(x.isnan().any(), torch.nan, static_step)
+
+
 def encode(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """Codes of a transformed input: int8, shape of x; round half to even."""
     limit = code_limit(bits)
