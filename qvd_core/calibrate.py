@@ -19,7 +19,7 @@ from qvd_core.observe import FeatureObserver, InputObserver
 from qvd_core.plan import layer_spec, quantizable_layers, refuse_quantized
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.spec import QuantSpec
-from qvd_core.temporal import TemporalQuantizer, fit_temporal_quantizer
+from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -129,14 +129,19 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _fit_temporal(watch: _Watch, layers: dict[str, nn.Module], scales: Scales) -> None:
-    """One HTDQ codebook for all temporal projections that read the same features. METHOD section 2."""
+    """One HTDQ codebook for all temporal projections that read the same features. METHOD section 2.
+
+    Fitted to the observed steps and, where they can be computed, to a grid between them: another sampler or number of
+    steps must not fall outside the codebook.
+    """
     if scales.spec.temporal == "none":
         return
+    between = grid_features(watch.model, watch.family) if watch.features else {}
     groups: list[tuple[Tensor, list[str]]] = []
     for name, observer in watch.features.items():
         if not observer.features:
             continue
-        features = observer.stacked()
+        features = stack_features({**between, **observer.features})
         _check_observed(name, features)
         same = next((names for known, names in groups if torch.equal(known, features)), None)
         if same is None:
@@ -144,27 +149,10 @@ def _fit_temporal(watch: _Watch, layers: dict[str, nn.Module], scales: Scales) -
         else:
             same.append(name)
     for features, names in groups:
-        quantizer, report = fit_group(features, [layers[name] for name in names], scales.spec)
+        quantizer, report = fit_codebook(features, [layers[name] for name in names], scales.spec)
         for name in names:
             scales.temporal[name] = quantizer
             scales.report[name] = dict(report)
-
-
-def fit_group(
-    features: Tensor, projections: list[nn.Module], spec: QuantSpec
-) -> tuple[TemporalQuantizer, dict[str, float]]:
-    """Fit one codebook to features [T, C] under the stacked weights of the projections that read them."""
-    stacked = torch.cat([float_weight(module).cpu() for module in projections])
-    fit = fit_temporal_quantizer(features, stacked, bits=spec.activation_bits, quantizer=spec.temporal_quantizer)
-    return fit.quantizer, fit.report
-
-
-def float_weight(module: nn.Module) -> Tensor:
-    """float32 weight of a float or a quantized layer."""
-    dequantized = getattr(module, "dequantized_weight", None)
-    weight = dequantized() if callable(dequantized) else module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float()
 
 
 def _search_transforms(watch: _Watch, layers: dict[str, nn.Module], scales: Scales, progress: Progress | None) -> None:

@@ -78,7 +78,7 @@ def _plan_of_layer(layer: QuantizedLayer) -> LayerPlan:
     present: list[OptionalTensor] = []
     for tensor in ("bias", "input_shift", "input_scale", "activation_scale"):
         if getattr(layer, tensor) is not None:
-            present.append(tensor)  # type: ignore[arg-type]
+            present.append(tensor)
     if isinstance(layer, TemporalLinear):
         return LayerPlan("temporal", (*present, "codebook") if layer.levels is not None else tuple(present))
     return LayerPlan("conv2d" if isinstance(layer, QuantConv2d) else "linear", tuple(present))

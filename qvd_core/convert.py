@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from qvd_core.calibrate import check_finite, fit_group
+from qvd_core.calibrate import check_finite
 from qvd_core.channels import Transform, static_step
 from qvd_core.errors import QVDError
 from qvd_core.families import find_family
@@ -17,6 +17,7 @@ from qvd_core.plan import LayerPlan, plan_layers
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
+from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
 from qvd_core.temporal_layer import TemporalLinear, codebook_tensors
 from qvd_core.weights import fold_transform, quantize_weight
 
@@ -27,8 +28,6 @@ _LAYER_CLASSES: dict[str, type[QuantizedLayer]] = {
     "conv2d": QuantConv2d,
     "temporal": TemporalLinear,
 }
-TRAINING_TIMESTEPS = 1000
-DATA_FREE_TIMESTEPS = 101  # evenly spaced over the training range, both ends included
 
 
 @torch.no_grad()
@@ -161,21 +160,13 @@ def fit_temporal_layers(model: nn.Module, spec: QuantSpec) -> None:
 
 
 def _fit_data_free(model: nn.Module, projections: Sequence[nn.Module], spec: QuantSpec) -> TemporalQuantizer | None:
-    """One codebook for temporal projections, float or int8, from the model's timestep embedding; changes nothing.
-
-    METHOD section 2: where the embedding depends on the timestep alone the feature set is finite and needs no data.
-    Works on a grid over the training range, so that any sampler's steps lie inside.
-    """
+    """One codebook for temporal projections, float or int8, from the model's timestep embedding; changes nothing."""
     family = find_family(model)
-    if not projections or family is None:
+    features = grid_features(model, family) if projections and family is not None else {}
+    if not features:
         return None
-    modules = dict(model.named_modules())
-    features = torch.linspace(0, TRAINING_TIMESTEPS, DATA_FREE_TIMESTEPS, device=projections[0].weight.device)  # type: ignore[arg-type]
-    for name in family.temporal_features:
-        parameter = next(modules[name].parameters(), None)
-        features = modules[name](features if parameter is None else features.to(parameter.dtype))
-    quantizer, report = fit_group(features.float().cpu(), list(projections), spec)
-    logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report.get("tdr", float("nan")))
+    quantizer, report = fit_codebook(stack_features(features), projections, spec)
+    logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report["tdr"])
     return quantizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     except (OSError, SafetensorError) as error:
         raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not there in the first place, or in a folder that never was
+            partial.unlink()
     return path
 
 

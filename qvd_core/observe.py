@@ -99,7 +99,3 @@ class FeatureObserver:
         """Keep the first row of x [..., C] seen at this timestep."""
         if timestep not in self.features:
             self.features[timestep] = x.detach().reshape(-1, x.shape[-1])[0].float().cpu()
-
-    def stacked(self) -> Tensor:
-        """float32 [T, C], sorted by timestep, highest noise first."""
-        return torch.stack([self.features[timestep] for timestep in sorted(self.features, reverse=True)])

@@ -72,6 +72,8 @@ def check_call(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
     """Raise QVDError for arguments the pipeline does not take, or that prompts and seed decide already."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "prompt" not in accepted and not open_ended:
+        raise QVDError(f"{type(pipe).__name__} takes no prompt: pass a function of the pipeline that samples with it.")
     unknown = sorted(name for name in call if name not in accepted)
     if unknown and not open_ended:
         raise QVDError(f"{type(pipe).__name__} takes no argument {', '.join(map(repr, unknown))}: check the spelling.")
@@ -94,7 +96,9 @@ def sample(
     finished steps, where the pipeline can tell.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
-    arguments = {"prompt": prompt, "generator": torch.Generator("cpu").manual_seed(seed), **call}
+    arguments: dict[str, Any] = {"prompt": prompt, **call}
+    if "generator" in accepted:
+        arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     if on_step is not None and "callback_on_step_end" in accepted and "callback_on_step_end" not in call:
 
         def report(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

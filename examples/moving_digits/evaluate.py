@@ -147,8 +147,9 @@ def int8_configs(folder: Path, call: dict[str, Any]) -> Iterator[tuple[str, QVDC
     yield "int8, data-free, per token", QVDConfig()
     pipe = sampling.load_pipeline(folder)
     for activation, words in (("token", "per token"), ("static", "static")):
-        settings = {"config": QVDConfig(activation=activation), "seed": sampling.CALIBRATION_SEED, "cache": False}
-        scales = calibrate(pipe, sampling.calibration_prompts(), **settings, **call)
+        config = QVDConfig(activation=activation)
+        prompts = sampling.calibration_prompts()
+        scales = calibrate(pipe, prompts, config=config, seed=sampling.CALIBRATION_SEED, cache=False, **call)
         yield f"int8, calibrated, {words}", QVDConfig(activation=activation, scales=scales)
 
 

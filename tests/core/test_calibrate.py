@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from qvd_core import QuantSpec, QVDError, calibrate_model
-from qvd_core.calibrate import fit_group, float_weight
 from qvd_core.families import find_family
 from qvd_core.fingerprint import structure_fingerprint
 from qvd_core.plan import plan_layers
@@ -138,12 +135,6 @@ class TestChooses:
         for name, layer in one.layers.items():
             assert all(torch.equal(tensor, getattr(two.layers[name], key)) for key, tensor in vars(layer).items())
         assert one.report == two.report
-
-    def test_fit_group_reads_quantized_weights_too(self, wan, wan_scales):
-        layer = nn.Linear(6, 4)
-        assert torch.equal(float_weight(layer), layer.weight.detach())
-        codebook, report = fit_group(torch.randn(5, 6), [layer, layer], QuantSpec(temporal_quantizer="uniform"))
-        assert codebook.name == "uniform" and math.isfinite(report["projected_error"])
 
 
 class TestTells:

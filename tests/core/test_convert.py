@@ -62,7 +62,7 @@ class TestQuality:
             found = model.state_dict()[key]
             assert found.dtype == tensor.dtype and found.shape == tensor.shape
             if tensor.dim() > 1:
-                assert (found - tensor).abs().max() <= 0.02 * tensor.abs().max(), key
+                assert (found - tensor).abs().max() <= 0.05 * tensor.abs().max(), key
 
 
 class TestResult:

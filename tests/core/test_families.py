@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import diffusers
 import pytest
@@ -60,32 +61,30 @@ class TestPatterns:
         assert has_prefix(".".join(name), [".".join(prefix)]) == (name[: len(prefix)] == prefix)
 
 
-def input_groups(denoiser, names) -> tuple[dict[str, set[str]], dict[str, set[tuple]]]:
-    """Layers by the registry's input group, and by the tensors they really read."""
-    family = family_or_generic(denoiser.model)
-    claimed: dict[str, set[str]] = {}
+def inputs_read(denoiser, names, timestep=500) -> dict[str, set[tuple]]:
+    """What each layer reads in one call at a timestep: shape, sum and sum of squares of every input."""
     read: dict[str, set[tuple]] = {}
-    for name in names:
-        claimed.setdefault(family.input_group(name), set()).add(name)
 
-    def hook(name):
-        def remember(module, args, kwargs):
-            x = args[0] if args else kwargs["input"]
-            read.setdefault(name, set()).add(
-                (tuple(x.shape), float(x.double().sum()), float(x.double().square().sum()))
-            )
+    def remember(name, module, args, kwargs):
+        x = args[0] if args else kwargs["input"]
+        x = x.double()
+        read.setdefault(name, set()).add((tuple(x.shape), float(x.sum()), float(x.square().sum())))
 
-        return module_of[name].register_forward_pre_hook(remember, with_kwargs=True)
-
-    module_of = dict(denoiser.model.named_modules())
-    handles = [hook(name) for name in names]
+    modules = dict(denoiser.model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(partial(remember, name), with_kwargs=True) for name in names]
     try:
         with torch.no_grad():
-            denoiser.forward(denoiser.model, 500)
+            denoiser.forward(denoiser.model, timestep)
     finally:
         for handle in handles:
             handle.remove()
-    return claimed, read
+    return read
+
+
+def gemm_layers(denoiser) -> list[str]:
+    family = find_family(denoiser.model)
+    layers = quantizable_layers(denoiser.model, family, QuantSpec())
+    return [name for name in layers if not family.is_temporal(name)]
 
 
 class TestEntries:
@@ -101,11 +100,11 @@ class TestEntries:
 
     def test_layers_that_share_an_input_are_exactly_those_grouped(self, denoiser):
         """The claim a shared transform stands on, checked on the tensors that the layers read."""
-        family = find_family(denoiser.model)
-        names = [
-            name for name in quantizable_layers(denoiser.model, family, QuantSpec()) if not family.is_temporal(name)
-        ]
-        claimed, read = input_groups(denoiser, names)
+        family, names = find_family(denoiser.model), gemm_layers(denoiser)
+        read = inputs_read(denoiser, names)
+        claimed: dict[str, set[str]] = {}
+        for name in names:
+            claimed.setdefault(family.input_group(name), set()).add(name)
         assert max(map(len, claimed.values())) == 3
         for group in claimed.values():
             assert len({frozenset(read[name]) for name in group}) == 1, group
@@ -116,12 +115,19 @@ class TestEntries:
                 if other.rpartition(".")[0] == parent and read[name] == read[other]:
                     assert family.input_group(name) == family.input_group(other), (name, other)
 
+    def test_layers_that_read_the_prompt_are_exactly_those_named(self, denoiser):
+        """Their input alone is the same at every timestep."""
+        family, names = find_family(denoiser.model), gemm_layers(denoiser)
+        early, late = inputs_read(denoiser, names, 900), inputs_read(denoiser, names, 100)
+        constant = [name for name in names if early[name] == late[name]]
+        assert constant and constant == [name for name in names if family.reads_prompt(name)]
+
     def test_every_pattern_of_an_entry_is_of_use(self, denoiser):
         """A pattern that matches nothing is a typing error; image-conditioned models have the few that are exempt."""
         family = find_family(denoiser.model)
         names = [name for name, _ in denoiser.model.named_modules()]
-        optional = ("image_embedder", "add_embedding", "encoder_hid_proj", "add_k_proj")
-        for pattern in (*family.keep, *family.temporal):
+        optional = ("image_embedder", "add_embedding", "encoder_hid_proj", "add_k_proj", "add_v_proj")
+        for pattern in (*family.keep, *family.temporal, *family.prompt_inputs):
             assert any(map(pattern.__contains__, optional)) or any(matches(name, (pattern,)) for name in names), pattern
         for parent, children in family.shared_inputs:
             found = [name for name in names if matches(name.rpartition(".")[0], (parent,)) and name.endswith(children)]

@@ -69,7 +69,7 @@ class TestProbe:
         probe = weight_probe(weight)
         assert probe_agrees(probe, weight)
         assert probe_agrees(probe, weight.to(torch.bfloat16)) and probe_agrees(probe, weight.to(torch.float16))
-        assert probe_agrees(probe, weight.to(torch.bfloat16).T.contiguous().T)  # whatever its strides
+        assert probe_agrees(probe, weight.movedim(0, -1).contiguous().movedim(-1, 0))  # whatever its strides
         edit = random_weight((shape[0], 1), seed + 1) @ random_weight((1, weight[0].numel()), seed + 2)
         edit *= 0.1 * weight.norm() / edit.norm()  # a merged LoRA of rank 1, a tenth of the weight
         assert probe_agrees(probe, weight) and (weight.numel() < 100 or probe_agrees(probe, weight + edit.view(shape)))

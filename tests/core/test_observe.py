@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvd_core.observe import ROWS_KEPT, ROWS_PER_CALL, FeatureObserver, InputObserver
+from qvd_core.temporal_fit import stack_features
 
 
 def observer(module: nn.Module, seed: int = 0) -> InputObserver:
@@ -144,5 +145,6 @@ class TestFeatures:
         watch = FeatureObserver()
         for timestep, value in ((500.0, 1.0), (900.0, 2.0), (500.0, 3.0), (0.5, 4.0)):
             watch.observe(timestep, torch.full((2, 3, 4), value, dtype=torch.bfloat16))
-        assert torch.equal(watch.stacked(), torch.tensor([[2.0], [1.0], [4.0]]).expand(3, 4))
-        assert watch.stacked().dtype == torch.float32
+        stacked = stack_features(watch.features)
+        assert torch.equal(stacked, torch.tensor([[2.0], [1.0], [4.0]]).expand(3, 4))
+        assert stacked.dtype == torch.float32

@@ -61,6 +61,13 @@ class TestKinds:
         assert unet.model.get_submodule(unbiased).bias is None
         assert plan[unbiased] == LayerPlan("linear", tensors)
 
+    def test_layers_that_read_the_prompt_stay_dynamic(self, denoiser, scales):
+        """No calibration foresees a prompt's ranges."""
+        plan = plan_layers(denoiser.model, QuantSpec(activation="static"), scales)
+        static = {name for name, layer in plan.items() if "activation_scale" in layer.tensors}
+        dynamic = {name for name, layer in plan.items() if layer.kind != "temporal"} - static
+        assert dynamic and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in dynamic)
+
     def test_needs_no_weights(self, wan, wan_scales):
         skeleton = copy.deepcopy(wan.model).to("meta")
         assert plan_layers(skeleton, QuantSpec(), wan_scales) == plan_layers(wan.model, QuantSpec(), wan_scales)

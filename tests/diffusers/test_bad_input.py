@@ -21,6 +21,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from qvd_diffusers import QVDConfig, QVDError, Scales, calibrate
+from qvd_diffusers.sampling import check_call
 from tests.diffusers.tiny import PROMPTS, WAN_CALL, tiny_wan_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -261,6 +262,14 @@ def test_a_wrong_call_is_explained(
     assert not own_cache.exists()
     assert not wan_pipe.transformer._forward_pre_hooks
     assert not hasattr(wan_pipe, "_progress_bar_config")
+
+
+def test_a_pipeline_without_prompts_wants_a_function() -> None:
+    class FromImage:
+        def __call__(self, image: Any) -> None: ...
+
+    with pytest.raises(QVDError, match="FromImage takes no prompt: pass a function"):
+        check_call(FromImage(), {"image": None})
 
 
 def test_only_a_pipeline_can_be_calibrated(wan_pipe: WanPipeline) -> None:

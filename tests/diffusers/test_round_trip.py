@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from qvd_diffusers import QVDConfig, Scales, calibrate
+from qvd_diffusers.streaming import Encoder
 from tests.diffusers.tiny import ANIMATE_CALL, PROMPTS, WAN_CALL, sample_frames
 
 
@@ -110,6 +111,20 @@ def test_a_weight_and_its_bias_may_come_in_different_shards(wan_folder: Path, tm
     assert any(name.startswith("blocks") for name in apart)
     model = WanTransformer3DModel.from_pretrained(tmp_path, quantization_config=QVDConfig())
     assert_same_state(model, quantized(wan_folder))
+
+
+def test_the_full_precision_model_is_never_there_as_a_whole(wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []
+    add = Encoder.add
+
+    def spy(encoder: Encoder, *tensor: Any) -> Any:
+        encoded = add(encoder, *tensor)
+        waiting.append(len(encoder.waiting))
+        return encoded
+
+    monkeypatch.setattr(Encoder, "add", spy)
+    quantized(wan_folder)
+    assert max(waiting) == 1 and waiting[-1] == 0
 
 
 def test_parallel_loading_makes_no_difference(
