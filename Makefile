@@ -29,9 +29,9 @@ demo: $(STAMP)
 	$(PY) -m examples.demo
 
 # Two workers, each with one torch thread (tests/conftest.py): tiny models gain nothing from more threads,
-# and a worker per core would load torch and diffusers once per core.
+# and a worker per core would load torch and diffusers once per core. A file stays on one worker, with its fixtures.
 test: $(STAMP)
-	$(PY) -m pytest -n $(PYTEST_WORKERS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
