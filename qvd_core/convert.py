@@ -84,14 +84,16 @@ def encode_layer(
     calibrated = scales.layers.get(name) if scales is not None else None
     tensors: dict[str, Tensor] = {}
     if calibrated is not None and plan.kind != "temporal" and "bias" in plan.tensors:
-        transformed = "input_shift" in plan.tensors
-        transform = _transform(calibrated, plan, spec)
+        transform = _transform(calibrated, plan)
         shift, scale = transform.shift.to(weight.device), transform.scale.to(weight.device)
         mean = calibrated.input_mean.to(weight.device) if spec.bias_correction else None
         quantized, folded = fold_transform(weight, bias, shift, scale, mean, spec.weight_bits)
         tensors["bias"] = folded
-        if transformed:
-            tensors.update(input_shift=shift.clone(), input_scale=scale.clone())  # q, k and v share one transform
+        # Clones: q, k and v share one transform, and a file wants every tensor to own its memory.
+        if "input_shift" in plan.tensors:
+            tensors["input_shift"] = shift.clone()
+        if "input_scale" in plan.tensors:
+            tensors["input_scale"] = scale.clone()
     else:
         quantized = quantize_weight(weight, spec.weight_bits)
         if bias is not None:
@@ -99,7 +101,7 @@ def encode_layer(
     if "activation_scale" in plan.tensors:
         assert calibrated is not None
         tensors["activation_scale"] = static_step(
-            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan, spec), spec.activation_bits
+            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan), spec.activation_bits
         )
     if "codebook" in plan.tensors and scales is not None and name in scales.temporal:
         tensors.update(codebook_tensors(scales.temporal[name], weight.shape[1]))
@@ -214,10 +216,9 @@ def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d:
     return nn.Linear(layer.in_features, layer.out_features, bias=bias)
 
 
-def _transform(calibrated: LayerScales, plan: LayerPlan, spec: QuantSpec) -> Transform:
-    """As much of the calibrated transform as the plan carries and `spec` allows."""
+def _transform(calibrated: LayerScales, plan: LayerPlan) -> Transform:
+    """As much of the calibrated transform as the plan carries."""
     identity = Transform.identity(len(calibrated.input_shift))
-    if "input_shift" not in plan.tensors:
-        return identity
-    shift = calibrated.input_shift if spec.shift else identity.shift
-    return Transform("calibrated", shift, calibrated.input_scale if spec.scale != "none" else identity.scale)
+    shift = calibrated.input_shift if "input_shift" in plan.tensors else identity.shift
+    scale = calibrated.input_scale if "input_scale" in plan.tensors else identity.scale
+    return Transform("calibrated", shift, scale)

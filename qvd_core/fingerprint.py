@@ -30,8 +30,10 @@ def structure_fingerprint(model: nn.Module) -> str:
 def weight_probe(weight: Tensor) -> Tensor:
     """float32 [<= 64] elements spread evenly over a weight of any shape."""
     flat = weight.detach().reshape(-1)
-    step = max(1, flat.numel() // PROBE_SIZE)
-    return flat[::step][:PROBE_SIZE].float().cpu().clone()
+    size = min(PROBE_SIZE, flat.numel())
+    # Not a whole stride: that could fall on one column of the weight again and again.
+    index = torch.linspace(0, flat.numel() - 1, size, dtype=torch.float64).long()
+    return flat[index.to(flat.device)].float().cpu()
 
 
 def probe_agrees(probe: Tensor, weight: Tensor) -> bool:

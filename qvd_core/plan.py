@@ -92,20 +92,23 @@ def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:
 
 
 def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | None) -> LayerPlan:
-    calibrated = scales is not None and name in scales.layers
-    if spec.activation == "static" and not calibrated:
+    calibrated = scales.layers.get(name) if scales is not None else None
+    if spec.activation == "static" and calibrated is None:
         raise QVDError(
             f"the scales hold nothing for layer {name}, which never ran during calibration: "
             'calibrate with inputs that reach it, keep it with modules_to_not_convert, or use activation="token".'
         )
-    transformed = calibrated and spec.transforms_inputs
-    folds_into_bias = calibrated and (spec.bias_correction or transformed)
+    shifted = scaled = False
+    if calibrated is not None and not spec.portable:
+        shifted = spec.shift and bool((calibrated.input_shift != 0).any())
+        scaled = spec.scale != "none" and bool((calibrated.input_scale != 1).any())
+    folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled)
     return LayerPlan(
         "conv2d" if isinstance(module, nn.Conv2d) else "linear",
         _present(
             bias=module.bias is not None or folds_into_bias,
-            input_shift=transformed,
-            input_scale=transformed,
+            input_shift=shifted,
+            input_scale=scaled,
             activation_scale=spec.activation == "static",
         ),
     )

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import qvd_core
 from qvd_core.cache import ScaleCache, cache_key
 from qvd_core.calibrate import calibrate_model, check_finite, model_fingerprint
 from qvd_core.errors import QVDError
@@ -27,8 +28,8 @@ from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, mod
 
 logger = logging.getLogger(__name__)
 
-KEY_VERSION = 1
-"""Part of every cache key; raised when calibration starts to find something else for the same input."""
+KEY_VERSION = 3
+"""Part of every cache key beside the release; raised when calibration finds something else for the same input."""
 
 
 def calibrate(
@@ -134,7 +135,7 @@ class _Job:
             return None
         return cache_key(
             {
-                "version": KEY_VERSION,
+                "version": [KEY_VERSION, qvd_core.__version__],
                 "model": model_fingerprint(self.model),
                 "pipeline": _surroundings(self.pipe, self.model),
                 "spec": self.spec.to_dict(),

@@ -33,6 +33,8 @@ LATENT_CHANNELS = 4
 KL_WEIGHT = 2e-4  # small: the latents should reconstruct first and be smooth second
 BATCH = 16
 TRAINING_CLIPS = 6000
+TIMESTEPS = 1000
+NOISIEST = 0.1  # the share of the noise levels that half of every batch is drawn from
 CAPTION_DROPOUT = 0.1  # the share of captions replaced by "", which guidance needs
 # The arguments of a pipeline call beside prompt and generator; the negative prompt is "" unless given.
 CALL: dict[str, Any] = {
@@ -81,7 +83,7 @@ def build_unet() -> UNetMotionModel:
 def build_scheduler() -> DDIMScheduler:
     """v-prediction on cosine betas whose last step is pure noise (zero terminal signal-to-noise ratio)."""
     return DDIMScheduler(
-        num_train_timesteps=1000,
+        num_train_timesteps=TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
@@ -199,6 +201,17 @@ def token_table(tokenizer: CLIPTokenizer) -> Tensor:
     return encoded.input_ids
 
 
+def draw_timesteps(generator: torch.Generator) -> Tensor:
+    """Half of the batch spread evenly over all noise levels, half over the noisiest `NOISIEST` share of them.
+
+    Which way a digit moves is decided there, where the clip is all but noise: a level seen rarely is learned late.
+    """
+    even = torch.arange(BATCH // 2) + torch.rand(2, BATCH // 2, generator=generator)
+    anywhere, noisiest = even / (BATCH // 2)
+    share = torch.cat([anywhere, 1.0 - NOISIEST * noisiest])
+    return (share * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
+
+
 def train_denoiser(work: Path, options: TrainingOptions) -> None:
     """Train UNet and text encoder on cached latents; `work/denoiser.safetensors` keeps their running average."""
     torch.manual_seed(options.seed)
@@ -207,7 +220,6 @@ def train_denoiser(work: Path, options: TrainingOptions) -> None:
     model = build_denoiser(tokenizer).train()
     data = load_latents(work, AutoencoderKL.from_pretrained(work / "vae"))
     tokens = token_table(tokenizer)
-    timestep_count: int = scheduler.config.num_train_timesteps
 
     def loss_of_step(step: int) -> Tensor:
         generator = seeded(options.seed, step)
@@ -215,9 +227,7 @@ def train_denoiser(work: Path, options: TrainingOptions) -> None:
         latents, caption = data["latents"][chosen], data["caption"][chosen]
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
         text = model["text_encoder"](tokens[caption.masked_fill(dropped, len(tokens) - 1)])[0]
-        # One timestep from each of BATCH equal intervals: every batch sees all noise levels.
-        timestep = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (timestep_count / BATCH)
-        timestep = timestep.long().clamp(max=timestep_count - 1)
+        timestep = draw_timesteps(generator)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timestep)
         predicted = model["unet"](noisy, timestep, text.repeat_interleave(FRAMES, dim=0)).sample

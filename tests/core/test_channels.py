@@ -236,3 +236,13 @@ class TestMeasure:
         assert measure(found, member, Transform.identity(24), STATIC).sqnr_db == pytest.approx(
             float(expected), abs=1e-3
         )
+
+
+def test_shift_and_scale_must_be_worth_their_cost():
+    """Equal, centred channels: nothing is gained by more than chance, so nothing is applied."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 32, generator=generator).clamp(-3, 3)
+    edge = torch.full((32,), 3.0)
+    statistics = InputStatistics(-edge, edge, rows.mean(dim=0), rows)
+    member = Member(torch.randn(16, 32, generator=generator).sign(), None)
+    assert choose_transform(statistics, [member], QuantSpec()).parts == 0

@@ -52,7 +52,8 @@ class TestKinds:
             (QuantSpec(portable=True), ("bias",)),
             (QuantSpec(portable=True, bias_correction=False), ()),
             (QuantSpec(shift=False, scale="none", bias_correction=False), ()),
-            (QuantSpec(shift=False, bias_correction=False), ("bias", "input_shift", "input_scale")),
+            (QuantSpec(shift=False, bias_correction=False), ("bias", "input_scale")),
+            (QuantSpec(scale="none", bias_correction=False), ("bias", "input_shift")),
         ],
     )
     def test_tensors_of_a_calibrated_layer_without_bias(self, unet, unet_scales, spec, tensors):
