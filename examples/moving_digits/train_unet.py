@@ -29,6 +29,7 @@ MODEL_FOLDER = Path(__file__).with_name("unet")
 FRAMES = 8
 TOKENS = 8  # "<start> a seven moving left <end>" is six tokens
 TEXT_WIDTH = 64
+WORD_DEVIATION = 0.1  # of the initial token embeddings
 LATENT_CHANNELS = 4
 KL_WEIGHT = 2e-4  # small: the latents should reconstruct first and be smooth second
 BATCH = 16
@@ -110,7 +111,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of a CLIP text model; it is trained together with the denoiser."""
-    return CLIPTextModel(
+    text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
@@ -124,6 +125,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # Words start well apart: from CLIP's deviation of 0.02, "left" and "right" merged before the UNet told them apart.
+    nn.init.normal_(text_encoder.get_input_embeddings().weight, std=WORD_DEVIATION)
+    return text_encoder
 
 
 def build_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
