@@ -9,7 +9,6 @@ Numbers come from `metric/facts.json` and `evaluation.json`; what is missing kee
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from examples.moving_digits import sampling
 from examples.moving_digits.data import DIGIT_WORDS, DIRECTION_WORDS, caption
-from examples.moving_digits.evaluate import Evaluation, table_line
+from examples.moving_digits.evaluate import read_evaluations, table_line
 from examples.moving_digits.metric import load_facts
 
 HERE = Path(__file__).parent
@@ -92,8 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     text = replace_section(README.read_text(), "metric", metric_section(load_facts()))
-    if EVALUATION.exists():
-        results = [Evaluation.from_dict(entry) for entry in json.loads(EVALUATION.read_text())]
+    if results := read_evaluations(EVALUATION):
         text = replace_section(text, "evaluation", "\n\n".join(result.markdown() for result in results))
     README.write_text(text)
     print(README)

@@ -74,11 +74,6 @@ class Evaluation:
     noise_floor: float
     rows: list[Row]
 
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Evaluation:
-        """The evaluation that `dataclasses.asdict` made `entry` of."""
-        return cls(**{**entry, "rows": [Row(**row) for row in entry["rows"]]})
-
     def markdown(self) -> str:
         table = [table_line(HEADINGS), table_line(["---"] * len(HEADINGS)), *(row.markdown() for row in self.rows)]
         note = (
@@ -154,6 +149,20 @@ def int8_configs(folder: Path, call: dict[str, Any]) -> Iterator[tuple[str, QVDC
         yield f"int8, calibrated, {words}", QVDConfig(activation=activation, scales=scales)
 
 
+def store(path: Path, result: Evaluation) -> None:
+    """Write `result` to a JSON file of evaluations, in place of an older one of the same miniature."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [entry for entry in read_evaluations(path) if entry.miniature != result.miniature]
+    entries = [asdict(entry) for entry in (*kept, result)]
+    path.write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n")
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The evaluations in a JSON file written by `store`; none when there is no such file."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return [Evaluation(**{**entry, "rows": [Row(**row) for row in entry["rows"]]}) for entry in entries]
+
+
 def _share(answers: Tensor) -> float:
     return float(answers.double().mean())
 
@@ -177,19 +186,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="clips for PSNR and SSIM")
     parser.add_argument("--clips", type=int, default=128, help="clips for everything else")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="also put the numbers into this file")
     args = parser.parse_args()
     if not 1 <= args.prompts <= args.clips:
         parser.error(f"--prompts must be between 1 and --clips ({args.clips}), got {args.prompts}")
     torch.set_num_threads(args.threads)
     names = sampling.MINIATURES if args.miniature == "both" else (args.miniature,)
-    results = []
     for name in names:
-        results.append(evaluate(name, args.clips, args.prompts))
-        print(results[-1].markdown(), end="\n\n", flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=2, allow_nan=False) + "\n")
+        result = evaluate(name, args.clips, args.prompts)
+        print(result.markdown(), end="\n\n", flush=True)
+        if args.json:
+            store(args.json, result)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ CALL: dict[str, Any] = {
     "width": CANVAS,
     "num_frames": FRAMES,
     "num_inference_steps": 12,
-    "guidance_scale": 2.0,
+    "guidance_scale": 3.0,
 }
 
 
