@@ -124,6 +124,8 @@ def check_finite_weights(layers: dict[str, nn.Module]) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise QVDError when a weight or bias holds NaN or infinity."""
+    if tensor.element_size() < 2:
+        tensor = tensor.float()  # 8-bit floats have no test of their own
     if not torch.isfinite(tensor).all():
         raise QVDError(f"{name} holds NaN or infinity: the model file is damaged or overflowed in 16 bits.")
 

@@ -24,6 +24,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     What JSON has no type for is written as its `repr`.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise QVDError(f"cannot write {path}: it is a folder or a device; give the path of a file.")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
     try:

@@ -6,6 +6,7 @@ all a loader needs to rebuild the skeleton of a saved model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -18,6 +19,8 @@ from qvd_core.families import Family, family_or_generic
 from qvd_core.families.patterns import has_prefix
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
+
+logger = logging.getLogger(__name__)
 
 LayerKind = Literal["linear", "conv2d", "temporal"]
 OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
@@ -67,6 +70,8 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
     if scales is not None:
         scales.check_structure(model, layers)
         _check_temporal_bits(spec, scales)
+        _warn_of_uncalibrated(layers, family, scales)
+    _warn_of_misspelt(model, spec)
     plan: dict[str, LayerPlan] = {}
     for name, module in layers.items():
         if family.is_temporal(name):
@@ -80,6 +85,25 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
 def layer_spec(family: Family, name: str, spec: QuantSpec) -> QuantSpec:
     """The settings one layer is quantized with: layers that read the prompt are dynamic whatever the model is."""
     return replace(spec, activation="token") if family.reads_prompt(name) else spec
+
+
+def _warn_of_uncalibrated(layers: Mapping[str, nn.Module], family: Family, scales: Scales) -> None:
+    without = [name for name in layers if not family.is_temporal(name) and name not in scales.layers]
+    if without:
+        logger.warning(
+            "%d of %d layers have no calibrated scales and are quantized without data (the first is %s): calibration "
+            "never reached them.",
+            len(without),
+            len(layers),
+            without[0],
+        )
+
+
+def _warn_of_misspelt(model: nn.Module, spec: QuantSpec) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for prefix in spec.modules_to_not_convert:
+        if not any(has_prefix(name, (prefix,)) for name in names):
+            logger.warning("modules_to_not_convert names %r, but %s has no such layer.", prefix, type(model).__name__)
 
 
 def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:

@@ -21,6 +21,7 @@ from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 
 FORMAT_VERSION = 1
+LARGEST_VALUE = 1e15  # far above any activation, far below what overflows when it is multiplied
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Scales:
                 report={name: _figures(values) for name, values in description["report"].items()},
                 calibrated_on=dict(description["calibrated_on"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise QVDError(f"scales file {path} is damaged ({error}): calibrate again.") from error
 
     def check_structure(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -177,7 +178,9 @@ def check_layer_scales(name: str, layer: LayerScales) -> None:
         if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.shape != expected:
             found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"float32 {list(expected)}"
             raise QVDError(f"{name}.{item.name} is {found}, expected {wanted}")
-        if not torch.isfinite(tensor).all():
-            raise QVDError(f"{name}.{item.name} holds NaN or infinity")
-    if not (layer.input_scale > 0).all():
+        if not (tensor.abs() <= LARGEST_VALUE).all():
+            raise QVDError(f"{name}.{item.name} holds NaN or infinity, or values beyond any activation")
+    if not (layer.input_scale >= 1 / LARGEST_VALUE).all():
         raise QVDError(f"{name}.input_scale must be positive")
+    if not (layer.input_min <= layer.input_max).all():
+        raise QVDError(f"{name}.input_min exceeds input_max")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from qvd_core.errors import QVDError
 from qvd_core.quality import psnr, ssim
@@ -27,7 +31,10 @@ PRESETS: dict[str, Callable[..., QVDConfig]] = {
     "best": QVDConfig.best,
     "paper": QVDConfig.paper,
 }
+# QVDError is a ValueError. Type and assertion errors are how diffusers and torch answer wrong values and devices.
+EXPECTED_ERRORS = (OSError, ImportError, ValueError, RuntimeError, TypeError, AssertionError, SafetensorError)
 Command = Callable[[argparse.Namespace], None]
+PIPELINE = "pipeline"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -36,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:  # QVDError is a ValueError
+    except EXPECTED_ERRORS as error:
         # Messages of other packages may run over many lines; the first says what is wrong.
         print(f"qvd {options.command}: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         return 2
@@ -107,7 +114,12 @@ def run_calibrate(options: argparse.Namespace) -> None:
     """`qvd calibrate`."""
     prompts = read_prompts(options)
     call = read_json(options.call) if options.call else {}
+    own = sorted(set(call) & set(inspect.signature(calibrate).parameters))
+    if own:
+        raise QVDError(f"{options.call} sets {', '.join(own)}: that is an option of `qvd calibrate`, not of the call.")
     config = config_of(options)
+    with staging(options.out):
+        pass  # sampling takes long: a folder that cannot be written is better known before
     pipe = load_pipeline(options.pipeline, options)
     scales = calibrate(
         pipe,
@@ -128,14 +140,21 @@ def run_quantize(options: argparse.Namespace) -> None:
     config = config_of(options, scales=options.scales, components=options.component)
     refuse_output(options.out, options.pipeline, options.force)
     refuse_quantized_folder(Path(options.pipeline), [options.component] if options.component else DENOISERS)
+    with staging(options.out) as folder:
+        quantize_into(folder, config, options)
+        if options.out.exists():
+            shutil.rmtree(options.out)
+        (folder / PIPELINE).replace(options.out)
+
+
+def quantize_into(folder: Path, config: QVDConfig, options: argparse.Namespace) -> None:
+    """Load the pipeline quantized, save it below `folder`, and say what became of each component."""
     pipe = load_pipeline(options.pipeline, options, quantization_config=config)
     models: dict[str, Any] = models_of(pipe)
     quantized = {name: model for name, model in models.items() if getattr(model, "is_quantized", False)}
     if not quantized:
         raise QVDError(f"{options.pipeline} has no component to quantize: it has {', '.join(models)}.")
-    if options.out.exists():
-        shutil.rmtree(options.out)
-    pipe.save_pretrained(options.out)
+    pipe.save_pretrained(folder / PIPELINE)
     for name, model in quantized.items():
         layers = model.hf_quantizer.quantization_config.layers
         print(f"{options.out / name}: {len(layers)} int8 layers, {megabytes(bytes_of(model))}")
@@ -165,6 +184,20 @@ def run_compare(options: argparse.Namespace) -> None:
     rows = [*zip(prompts, figures, strict=True), ("mean", tuple(means))]
     print(table(("prompt", "PSNR dB", "SSIM"), [(name, f"{pair[0]:.2f}", f"{pair[1]:.4f}") for name, pair in rows]))
     print(f"denoiser: {megabytes(sizes[0])} against {megabytes(sizes[1])} ({sizes[1] / sizes[0]:.2f})")
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, gone at the end. Raises QVDError when none can be made there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".qvd-", dir=out.parent)
+    except OSError as error:
+        raise QVDError(
+            f"cannot write to {out.parent}: {error.strerror}; choose a writable folder for --out."
+        ) from error
+    with temporary as name:
+        yield Path(name)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

@@ -65,6 +65,14 @@ class QVDQuantizer(DiffusersQuantizer):
         self._outstanding: set[str] = set()
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock, so that the loaded model can be copied and pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     # Before the model exists
 
     def validate_environment(self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
@@ -198,8 +206,10 @@ class QVDQuantizer(DiffusersQuantizer):
         module = model.get_submodule(layer)
         stored = state_dict[param_name]
         if layer not in self._plan:
-            if self._encoder is not None and stored.element_size() > 1:  # 8-bit floats have no test for infinity
+            if self._encoder is not None:
                 check_finite(param_name, stored)
+            else:
+                check_stored_values(stored, param_name)
             place(module, suffix, param_value, target_device)
         elif self._encoder is None:
             check_stored_values(stored, param_name)

@@ -39,7 +39,7 @@ class Encoder:
 
     def add(self, layer: str, suffix: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """Take one float tensor; returns the layer's quantized tensors when it was the last one, else None."""
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise QVDError(
                 f"{layer}.{suffix} is {tensor.dtype}: this checkpoint is quantized already. "
                 "Load it without a quantization_config, or quantize the full-precision model."
@@ -76,7 +76,8 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def place(module: nn.Module, suffix: str, value: Tensor, device: Device) -> None:
     """Put `value` where `module` has the empty tensor `suffix`."""
-    value = value.detach().to(device)
+    # A copy: a view into the mapped file has the file's alignment, and with it other rounding in float32 kernels.
+    value = value.detach().to(device, copy=True)
     if suffix in module._parameters:
         empty = module._parameters[suffix]
         requires_grad = empty is not None and empty.requires_grad and value.is_floating_point()
@@ -107,9 +108,9 @@ def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:
 
 
 def check_stored_values(value: Tensor, name: str) -> None:
-    """Raise QVDError for values a quantized checkpoint cannot hold: NaN anywhere, steps that are not positive."""
-    if value.is_floating_point() and bool(value.isnan().any()):
-        raise QVDError(f"{name} holds NaN: the checkpoint is damaged, quantize the model again.")
+    """Raise QVDError for values a quantized checkpoint cannot hold: NaN or infinity, steps that are not positive."""
+    if value.is_floating_point() and value.element_size() > 1 and not bool(value.isfinite().all()):
+        raise QVDError(f"{name} holds NaN or infinity: the checkpoint is damaged, quantize the model again.")
     if split_name(name)[1] in ("weight_scale", "activation_scale", "input_scale") and not bool((value > 0).all()):
         raise QVDError(f"{name} must be positive: the checkpoint is damaged, quantize the model again.")
 

@@ -2,8 +2,8 @@
 
 Three stages, each of which reads what the one before left in the work folder (`--work`):
 
-    python -m examples.moving_digits.train_unet vae --minutes 6
-    python -m examples.moving_digits.train_unet denoiser --minutes 65
+    python -m examples.moving_digits.train_unet vae --minutes 6.5
+    python -m examples.moving_digits.train_unet denoiser --minutes 100
     python -m examples.moving_digits.train_unet export
 """
 

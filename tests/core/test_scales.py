@@ -203,3 +203,14 @@ class TestChecks:
 
     def test_summary_is_means(self):
         assert small_scales().summary() == {"layers": 2.0, "temporal_layers": 2.0, "sqnr_db": 42.0, "coverage": 0.1}
+
+
+@pytest.mark.parametrize(("field", "value"), [("input_scale", 1e-42), ("input_shift", 1e38), ("input_min", 1e9)])
+def test_values_that_no_calibration_finds_are_refused(
+    wan_scales: Scales, tmp_path: Path, field: str, value: float
+) -> None:
+    name, layer = next(iter(wan_scales.layers.items()))
+    damaged = replace(layer, **{field: torch.full_like(getattr(layer, field), value)})
+    path = replace(wan_scales, layers={**wan_scales.layers, name: damaged}).save(tmp_path / "scales.safetensors")
+    with pytest.raises(QVDError, match=f"{name}.{field}"):
+        Scales.load(path)

@@ -287,3 +287,31 @@ def test_several_denoisers_are_named(wan_pipe: WanPipeline) -> None:
     wan_pipe.transformer_2 = tiny_wan_transformer(seed=1)
     with pytest.raises(QVDError, match=r"several denoisers, transformer and transformer_2: .*component='transformer'"):
         calibrate(wan_pipe, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn1.norm_q.weight", "blocks.0.attn1.to_q.weight_scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_quantized_checkpoint_is_refused(wan_folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    quantize(wan_folder / "transformer").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    with pytest.raises(QVDError, match=f"{name} holds NaN or infinity"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_float8_weights_are_another_quantization(wan_folder: Path, tmp_path: Path, wan_pipe: WanPipeline) -> None:
+    name = "blocks.0.attn1.to_q.weight"
+    folder = shutil.copytree(wan_folder / "transformer", tmp_path / "fp8")
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(QVDError, match=f"{name} is torch.float8_e4m3fn.*quantized already"):
+        quantize(folder)
+    layer = wan_pipe.transformer.blocks[0].attn1.to_q
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(QVDError, match="quantized already"):
+        calibrate(wan_pipe, PROMPTS, progress=False, **WAN_CALL)
+
+
+def test_a_misspelt_layer_to_keep_is_said(wan_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    WanTransformer3DModel.from_pretrained(
+        wan_folder, subfolder="transformer", quantization_config=QVDConfig(modules_to_not_convert=["blocks.9"])
+    )
+    assert "'blocks.9'" in caplog.text

@@ -107,3 +107,41 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in complaint.splitlines()[-1]
     assert "Traceback" not in complaint
     assert not (tmp_path / "o").exists() and not (tmp_path / "s").exists()
+
+
+def test_bad_values_end_with_one_line(
+    wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = tmp_path / "call.json"
+    common = ["calibrate", str(wan_folder), "--prompt", "a", "--call", str(call), "--out", str(tmp_path / "s")]
+    for content in ({"config": 1}, {"num_inference_steps": "two"}):
+        call.write_text(json.dumps(content))
+        assert main(common) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_failed_replacement_keeps_the_old_folder(
+    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "int8"
+    shutil.copytree(wan_folder, out)
+    (out / "notes.txt").write_text("mine")
+
+    def full_disk(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", full_disk)
+    assert main(["quantize", str(wan_folder), "--out", str(out), "--force"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (out / "notes.txt").read_text() == "mine" and (out / "model_index.json").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".qvd-")] == []
+
+
+def test_an_unwritable_output_is_known_before_the_work(
+    wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["calibrate", str(wan_folder), "--prompt", "a", "--out", str(tmp_path / "file" / "scales.safetensors")]
+    assert main(arguments) == 2
+    assert "choose a writable folder" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,18 @@ def test_dequantizing_gives_a_float_model_that_saves_as_one(
     weight = full.blocks[0].ffn.net[2].weight
     error = (again.blocks[0].ffn.net[2].weight - weight).norm() / weight.norm()
     assert error < 0.01
+
+
+def test_loaded_tensors_do_not_depend_on_where_they_stood_in_the_file(wan_folder: Path, tmp_path: Path) -> None:
+    """A view into the mapped file keeps its odd alignment, and float32 kernels then round otherwise."""
+    model = quantized(wan_folder)
+    model.save_pretrained(tmp_path)
+    for loaded in (model, WanTransformer3DModel.from_pretrained(tmp_path)):
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.state_dict().values())
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(wan_folder: Path) -> None:
+    model = quantized(wan_folder)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert_same_state(model, twin)
+        assert twin.hf_quantizer.quantization_config.layers == model.hf_quantizer.quantization_config.layers
