@@ -24,7 +24,7 @@ from qvd_core.spec import QuantSpec
 if TYPE_CHECKING:
     from qvd_core.plan import LayerPlan
 
-_FLOAT32_BUFFERS = (
+FLOAT32_BUFFERS = (
     "weight_scale",
     "input_shift",
     "input_scale",
@@ -67,7 +67,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move like any module, but keep the float32 buffers float32 when `fn` casts."""
-        kept = {name: tensor for name in _FLOAT32_BUFFERS if (tensor := getattr(self, name, None)) is not None}
+        kept = {name: tensor for name in FLOAT32_BUFFERS if (tensor := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # A cast is meant for the layer's compute dtype too.
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype

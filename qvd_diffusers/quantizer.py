@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qvd_core.calibrate import check_finite
 from qvd_core.convert import dequantize_model, fit_temporal_layers, install_layers
 from qvd_core.errors import QVDError
-from qvd_core.layers import QuantizedLayer
+from qvd_core.layers import FLOAT32_BUFFERS, QuantizedLayer
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
@@ -156,7 +156,7 @@ class QVDQuantizer(DiffusersQuantizer):
                 "it is incomplete, or it was saved for another model."
             )
         if self._encoder is None:
-            extra = [name for name in present - set(model.state_dict()) if split_name(name)[1] in _QUANTIZED_ONLY]
+            extra = [name for name in present - set(model.state_dict()) if split_name(name)[1] in FLOAT32_BUFFERS]
             if extra:
                 raise QVDError(
                     f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
@@ -269,6 +269,3 @@ def _warn_of_other_settings(calibrated: QuantSpec, wanted: QuantSpec) -> None:
 
 
 _SEARCHED_FOR = ("weight_bits", "activation_bits", "activation", "shift", "scale", "temporal_quantizer", "portable")
-_QUANTIZED_ONLY = frozenset(
-    {"weight_scale", "input_shift", "input_scale", "activation_scale", "levels", "boundaries", "offset", "gain"}
-)
