@@ -7,6 +7,7 @@ from qvd_core.errors import QVDError
 from qvd_core.families import find_family
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
+from qvd_core.temporal_table import offload_projections, precompute_tables
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,8 @@ __all__ = [
     "dequantize_model",
     "find_family",
     "load_checkpoint",
+    "offload_projections",
+    "precompute_tables",
     "quantize_model",
     "save_checkpoint",
 ]

@@ -2,83 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvd_core.channels import InputStatistics, Member, Transform, choose_transform, measure
+from qvd_core.channels import Choice, InputStatistics, Member, Transform, choose, measure
+from qvd_core.checks import check_finite_weights
+from qvd_core.convert import quantized_layer
+from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
-from qvd_core.families import Family, family_or_generic
-from qvd_core.fingerprint import content_fingerprint, structure_fingerprint, weight_probe
-from qvd_core.observe import FeatureObserver, InputObserver
-from qvd_core.plan import layer_spec, quantizable_layers, refuse_quantized
+from qvd_core.families import family_or_generic
+from qvd_core.fingerprint import structure_fingerprint, weight_probe
+from qvd_core.folds import FoldSite, fold_sites
+from qvd_core.observation import Observation, check_observed
+from qvd_core.plan import layer_spec, plan_layers, quantizable_layers, refuse_quantized
 from qvd_core.scales import LayerScales, Scales
+from qvd_core.sensitivity import END_EFFECT, end_effects
 from qvd_core.spec import QuantSpec
+from qvd_core.steps import static_steps
 from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
 
 Progress = Callable[[int, int, str], None]  # done, total, what
-
-model_fingerprint = content_fingerprint
-
-
-class _Watch:
-    """Everything that is recorded while the model samples, and the hooks that record it."""
-
-    def __init__(self, model: nn.Module, family: Family, layers: dict[str, nn.Module]):
-        self.model = model
-        self.family = family
-        self.timestep = 0.0
-        self.calls = 0
-        generator = torch.Generator().manual_seed(0)
-        self.temporal = [name for name in layers if family.is_temporal(name)]
-        self.features = {name: FeatureObserver() for name in self.temporal}
-        # Layers that read one tensor are watched once, through the first of them.
-        self.groups: dict[str, list[str]] = {}
-        for name in layers:
-            if name not in self.features:
-                self.groups.setdefault(family.input_group(name), []).append(name)
-        self.inputs = {names[0]: InputObserver(layers[names[0]], generator) for names in self.groups.values()}
-        self._signature = inspect.signature(model.forward)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Attach the hooks; always take them off again."""
-        modules = dict(self.model.named_modules())
-        handles = [self.model.register_forward_pre_hook(self._on_model, with_kwargs=True)]
-        for name, observer in self.inputs.items():
-            handles.append(modules[name].register_forward_pre_hook(_on_input(observer.observe), with_kwargs=True))
-        for name, feature in self.features.items():
-            hook = _on_input(partial(self._observe_feature, feature))
-            handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        timestep = bound.get(self.family.timestep_argument)
-        if timestep is not None:
-            self.timestep = float(torch.as_tensor(timestep).flatten()[0])
-        self.calls += 1
-
-    def _observe_feature(self, observer: FeatureObserver, x: Tensor) -> None:
-        observer.observe(self.timestep, x)
-
-
-def _on_input(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """A forward pre-hook that hands on the layer's input, however it was passed (AnimateDiff says `input=`)."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observe(args[0] if args else kwargs["input"])
-
-    return hook
 
 
 @torch.no_grad()
@@ -88,13 +36,26 @@ def calibrate_model(
     spec: QuantSpec | None = None,
     progress: Progress | None = None,
     calibrated_on: dict[str, Any] | None = None,
+    sensitivity: bool | None = None,
 ) -> Scales:
     """Observe `model` while `run()` samples with it, and choose its scales for `spec`.
 
     `run` is any callable that calls the model over all steps it will be used at, with and without guidance text.
     `progress(done, total, layer)` is called while scales are searched. `calibrated_on` is remembered in the result.
+    sensitivity: also measure what each layer alone does to the output (a few forward passes per layer); default: when
+        `spec.auto_keep` asks for it.
     Raises QVDError when the model is no video denoiser, is quantized already, holds NaN, was never called by `run`,
     or sees NaN. Whatever happens, the model is left as it was.
+    """
+    spec = spec or QuantSpec()
+    return search_scales(observe_model(model, run, spec), spec, progress, calibrated_on, sensitivity)
+
+
+@torch.no_grad()
+def observe_model(model: nn.Module, run: Callable[[], object], spec: QuantSpec | None = None) -> Observation:
+    """The first half of `calibrate_model`: what `search_scales` needs, for any spec with the same layers.
+
+    Of `spec` only the layers to leave out matter.
     """
     spec = spec or QuantSpec()
     refuse_quantized(model)
@@ -103,34 +64,34 @@ def calibrate_model(
     if not layers:
         raise QVDError(f"{type(model).__name__} has no layer that QVD can quantize: nothing was calibrated.")
     check_finite_weights(layers)
-    watch = _Watch(model, family, layers)
-    with watch.watching():
+    observation = Observation(model, family, layers)
+    with observation.watching():
         run()
-    if watch.calls == 0:
+    if observation.passes == 0:
         raise QVDError("the calibration run never called the model: pass prompts or a callable that samples with it.")
+    return observation
+
+
+@torch.no_grad()
+def search_scales(
+    observation: Observation,
+    spec: QuantSpec,
+    progress: Progress | None = None,
+    calibrated_on: dict[str, Any] | None = None,
+    sensitivity: bool | None = None,
+) -> Scales:
+    """The second half of `calibrate_model`: choose every scale for `spec` from what was observed."""
+    model = observation.model
     scales = Scales(type(model).__name__, structure_fingerprint(model), spec, calibrated_on=dict(calibrated_on or {}))
-    scales.calibrated_on.setdefault("forward_passes", watch.calls)
-    _fit_temporal(watch, layers, scales)
-    _search_transforms(watch, layers, scales, progress)
+    scales.calibrated_on.setdefault("forward_passes", observation.passes)
+    _fit_temporal(observation, scales)
+    _search_transforms(observation, scales, progress)
+    if spec.auto_keep is not None if sensitivity is None else sensitivity:
+        _measure_sensitivity(observation, scales, progress)
     return scales
 
 
-def check_finite_weights(layers: dict[str, nn.Module]) -> None:
-    """Raise QVDError naming the first layer whose weight or bias holds NaN or infinity."""
-    for name, module in layers.items():
-        for kind, tensor in module.named_parameters(recurse=False):
-            check_finite(f"{name}.{kind}", tensor)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise QVDError when a weight or bias holds NaN or infinity."""
-    if tensor.element_size() < 2:
-        tensor = tensor.float()  # 8-bit floats have no test of their own
-    if not torch.isfinite(tensor).all():
-        raise QVDError(f"{name} holds NaN or infinity: the model file is damaged or overflowed in 16 bits.")
-
-
-def _fit_temporal(watch: _Watch, layers: dict[str, nn.Module], scales: Scales) -> None:
+def _fit_temporal(observation: Observation, scales: Scales) -> None:
     """One HTDQ codebook for all temporal projections that read the same features. METHOD section 2.
 
     Fitted to the observed steps and, where they can be computed, to a grid between them: another sampler or number of
@@ -138,53 +99,81 @@ def _fit_temporal(watch: _Watch, layers: dict[str, nn.Module], scales: Scales) -
     """
     if scales.spec.temporal == "none":
         return
-    between = grid_features(watch.model, watch.family) if watch.features else {}
+    between = grid_features(observation.model, observation.family) if observation.features else {}
     groups: list[tuple[Tensor, list[str]]] = []
-    for name, observer in watch.features.items():
+    for name, observer in observation.features.items():
         if not observer.features:
             continue
         features = stack_features({**between, **observer.features})
-        _check_observed(name, features)
+        check_observed(name, features)
         same = next((names for known, names in groups if torch.equal(known, features)), None)
         if same is None:
             groups.append((features, [name]))
         else:
             same.append(name)
     for features, names in groups:
-        quantizer, report = fit_codebook(features, [layers[name] for name in names], scales.spec)
+        quantizer, report = fit_codebook(features, [observation.layers[name] for name in names], scales.spec)
         for name in names:
             scales.temporal[name] = quantizer
             scales.report[name] = dict(report)
 
 
-def _search_transforms(watch: _Watch, layers: dict[str, nn.Module], scales: Scales, progress: Progress | None) -> None:
-    for done, names in enumerate(watch.groups.values()):
+def _search_transforms(observation: Observation, scales: Scales, progress: Progress | None) -> None:
+    sites = _fold_sites(observation) if scales.spec.portable else {}
+    for done, (first, names) in enumerate(observation.groups.items()):
         if progress is not None:
-            progress(done, len(watch.groups), names[0])
-        observer = watch.inputs[names[0]]
-        if observer.count == 0:
+            progress(done, len(observation.groups), first)
+        statistics = observation.statistics(first)
+        if statistics is None:
             continue  # never reached by this run; the plan decides whether that matters
-        statistics = _statistics(names[0], observer)
-        members = {name: _member(layers[name]) for name in names}
-        spec = layer_spec(watch.family, names[0], scales.spec)
-        transform = choose_transform(statistics, list(members.values()), spec)
+        members = {name: _member(observation.layers[name]) for name in names}
+        spec = layer_spec(observation.family, first, scales.spec)
+        site = sites.get(first)
+        allowed = None if not spec.portable else Transform.without_effect if site is None else site.restrict
+        choice = choose(statistics, list(members.values()), spec, allowed)
+        if spec.compensates_rounding:
+            scales.rows[first] = statistics.rows.to("cpu", torch.bfloat16)
+        rows_of = first if spec.compensates_rounding else ""
+        entry = _layer_scales(statistics, choice, observation.inputs[first].frame_order, rows_of)
         for name, member in members.items():
-            scales.layers[name] = LayerScales(
-                input_min=statistics.minimum,
-                input_max=statistics.maximum,
-                input_mean=statistics.mean,
-                input_shift=transform.shift,
-                input_scale=transform.scale,
-                weight_probe=weight_probe(member.weight),
-            )
-            scales.report[name] = _figures(statistics, member, transform, spec)
+            scales.layers[name] = entry(weight_probe(member.weight))
+            scales.report[name] = _figures(statistics, member, choice, spec)
     if progress is not None:
-        progress(len(watch.groups), len(watch.groups), "done")
+        progress(len(observation.groups), len(observation.groups), "done")
 
 
-def _figures(statistics: InputStatistics, member: Member, transform: Transform, spec: QuantSpec) -> dict[str, float]:
-    identity = Transform.identity(len(transform.shift))
-    before, after = (measure(statistics, member, choice, spec) for choice in (identity, transform))
+def _fold_sites(observation: Observation) -> dict[str, FoldSite]:
+    """Where a group's transform can move into the producer of its input, by the group's first layer."""
+    sites = {frozenset(site.consumers): site for site in fold_sites(observation.model, observation.family)}
+    found = {first: sites.get(frozenset(names)) for first, names in observation.groups.items()}
+    return {first: site for first, site in found.items() if site is not None}
+
+
+def _layer_scales(
+    statistics: InputStatistics, choice: Choice, frame_order: str | None, rows_of: str
+) -> Callable[[Tensor], LayerScales]:
+    """`LayerScales` of a group, but for the probe of each member's weight."""
+    transform, steps = choice.transform, choice.steps
+    tensors = {
+        "input_min": statistics.minimum,
+        "input_max": statistics.maximum,
+        "input_mean": statistics.mean,
+        "input_shift": transform.shift,
+        "input_scale": transform.scale,
+        "static_step": steps.step,
+        "bucket_steps": steps.bucket_steps,
+        "bucket_boundaries": steps.bucket_boundaries,
+        "frame_steps": steps.frame_steps,
+    }
+    kept = {name: None if tensor is None else tensor.float().cpu() for name, tensor in tensors.items()}
+    settings = {"frame_order": frame_order or "", "rotation": transform.rotation, "rows_of": rows_of}
+    return lambda probe: LayerScales(weight_probe=probe, **kept, **settings)  # type: ignore[arg-type]
+
+
+def _figures(statistics: InputStatistics, member: Member, choice: Choice, spec: QuantSpec) -> dict[str, float]:
+    identity = Transform.identity(statistics.channels, statistics.mean.device)
+    untouched = Choice(identity, static_steps(statistics, identity, spec.activation_bits, spec.buckets))
+    before, after = (measure(statistics, member, option, spec) for option in (untouched, choice))
     return {
         "sqnr_db_before": before.sqnr_db,
         "sqnr_db": after.sqnr_db,
@@ -193,23 +182,28 @@ def _figures(statistics: InputStatistics, member: Member, transform: Transform, 
     }
 
 
-def _statistics(name: str, observer: InputObserver) -> InputStatistics:
-    assert observer.minimum is not None and observer.maximum is not None
-    low, high = observer.minimum.cpu(), observer.maximum.cpu()
-    _check_observed(name, low)
-    _check_observed(name, high)
-    return InputStatistics(low, high, observer.mean.cpu(), observer.rows)
+def _measure_sensitivity(observation: Observation, scales: Scales, progress: Progress | None) -> None:
+    """Put the end effect of every layer that would be quantized into the report."""
+    spec = replace(scales.spec, auto_keep=None, portable=False)  # one layer alone folds into no producer
+    encoding = Encoding(plan_layers(observation.model, spec, scales), spec, scales)
 
+    def quantized(name: str) -> nn.Module:
+        layer = quantized_layer(name, observation.layers[name], encoding)
+        layer.clock = observation.clock
+        return layer
 
-def _check_observed(name: str, values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise QVDError(
-            f"the input of layer {name} held NaN or infinity during calibration: "
-            "check that the model samples a sound video in this dtype (bfloat16 or float32) first."
-        )
+    measurable = [name for name in encoding.plan if name in scales.layers or name in scales.temporal]
+    makers = {name: partial(quantized, name) for name in measurable}
+    hook = observation.model.register_forward_pre_hook(observation.clock.read, with_kwargs=True)
+    try:
+        effects = end_effects(observation.model, observation.calls, makers, progress)
+    finally:
+        hook.remove()
+    for name, decibels in effects.items():
+        scales.report.setdefault(name, {})[END_EFFECT] = decibels
 
 
 def _member(module: nn.Module) -> Member:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    return Member(weight.detach().float().cpu(), bias.detach().float().cpu() if isinstance(bias, Tensor) else None)
+    return Member(weight.detach().float(), bias.detach().float() if isinstance(bias, Tensor) else None)

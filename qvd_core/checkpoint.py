@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from qvd_core.convert import fill_layer, install_layers
 from qvd_core.errors import QVDError
 from qvd_core.files import read_tensors, write_tensors
-from qvd_core.layers import QuantConv2d, QuantizedLayer
-from qvd_core.plan import LayerPlan, OptionalTensor, plan_from_dict, plan_to_dict
+from qvd_core.layers import QuantizedLayer
+from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
 from qvd_core.spec import QuantSpec
-from qvd_core.temporal_layer import TemporalLinear
 
 FORMAT_VERSION = 1
 _POSITIVE = ("weight_scale", "input_scale", "activation_scale", "gain")
 
 
 def plan_of(model: nn.Module) -> dict[str, LayerPlan]:
-    """The plan a quantized model was made by, read off its layers."""
-    return {name: _plan_of_layer(module) for name, module in _quantized(model).items()}
+    """The plan a quantized model was made by, as its layers remember it."""
+    return {name: module.plan for name, module in _quantized(model).items()}
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> Path:
@@ -72,16 +71,6 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-
-
-def _plan_of_layer(layer: QuantizedLayer) -> LayerPlan:
-    present: list[OptionalTensor] = []
-    for tensor in ("bias", "input_shift", "input_scale", "activation_scale"):
-        if getattr(layer, tensor) is not None:
-            present.append(tensor)
-    if isinstance(layer, TemporalLinear):
-        return LayerPlan("temporal", (*present, "codebook") if layer.levels is not None else tuple(present))
-    return LayerPlan("conv2d" if isinstance(layer, QuantConv2d) else "linear", tuple(present))
 
 
 def _check_origin(path: str | Path, description: Mapping[str, Any], model: nn.Module) -> None:

@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from qvd_core.calibrate import check_finite
-from qvd_core.channels import Transform, static_step
+from qvd_core.clock import SamplingClock
+from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
-from qvd_core.families import find_family
+from qvd_core.families import family_or_generic, find_family
 from qvd_core.layers import QuantConv2d, QuantizedLayer, QuantLinear
-from qvd_core.plan import LayerPlan, plan_layers
-from qvd_core.scales import LayerScales, Scales
+from qvd_core.plan import LayerPlan
+from qvd_core.rotation import hadamard
+from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
 from qvd_core.temporal_layer import TemporalLinear, codebook_tensors
-from qvd_core.weights import fold_transform, quantize_weight
 
 logger = logging.getLogger(__name__)
 
@@ -39,73 +39,38 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scal
     Raises QVDError (wrong model, NaN, scales of another model, ...) before anything is changed.
     """
     spec = spec or (scales.spec if scales is not None else QuantSpec())
-    plan = plan_layers(model, spec, scales)
-    for name in plan:
+    encoding = Encoding.of(model, spec, scales)
+    for name in encoding.plan:
         layer = model.get_submodule(name)
-        check_layer(name, layer.weight, layer.bias, scales)  # type: ignore[arg-type]
-    uncalibrated = [name for name, layer_plan in plan.items() if _needs_codebook(name, layer_plan, scales)]
+        encoding.check(name, layer.weight, layer.bias)  # type: ignore[arg-type]
+    edited = [
+        (tensor, encoding.edit(name, tensor))
+        for name, tensor in model.named_parameters()
+        if name in encoding.edits and name.rpartition(".")[0] not in encoding.plan
+    ]
+    uncalibrated = encoding.without_codebook()
     codebook = _fit_data_free(model, [model.get_submodule(name) for name in uncalibrated], spec)
-    for name, layer_plan in plan.items():
-        source = model.get_submodule(name)
-        weight, bias = source.weight, source.bias
-        assert isinstance(weight, Tensor)
-        tensors = encode_layer(name, layer_plan, weight, bias, spec, scales)  # type: ignore[arg-type]
+    for name in encoding.plan:
+        layer = quantized_layer(name, model.get_submodule(name), encoding)
         if codebook is not None and name in uncalibrated:
-            tensors.update(codebook_tensors(codebook, weight.shape[1]))
-        layer = make_layer(source, layer_plan, spec, weight.dtype)
-        fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in tensors.items()})
+            assert isinstance(layer, TemporalLinear)
+            tensors = codebook_tensors(codebook, layer.in_features)
+            fill_layer(layer, {key: tensor.to(layer.weight.device) for key, tensor in tensors.items()})
         model.set_submodule(name, layer)
+    for tensor, value in edited:
+        tensor.data = value
+    attach_clock(model)
     return model
 
 
-def _needs_codebook(name: str, plan: LayerPlan, scales: Scales | None) -> bool:
-    return "codebook" in plan.tensors and (scales is None or name not in scales.temporal)
-
-
-def check_layer(name: str, weight: Tensor, bias: Tensor | None, scales: Scales | None) -> None:
-    """Raise QVDError when a layer's float tensors hold NaN or do not belong to `scales`."""
-    check_finite(f"{name}.weight", weight)
-    if bias is not None:
-        check_finite(f"{name}.bias", bias)
-    if scales is not None:
-        scales.check_weight(name, weight)
-
-
-def encode_layer(
-    name: str, plan: LayerPlan, weight: Tensor, bias: Tensor | None, spec: QuantSpec, scales: Scales | None = None
-) -> dict[str, Tensor]:
-    """Every state-dict entry of a quantized layer, from its float weight [N, K] / [N, C, kh, kw] and bias [N].
-
-    Raises QVDError on NaN, or when the weight does not belong to `scales`. The codebook of a temporal layer without
-    scales is left out; `fit_temporal_layers` makes it once the whole model is there.
-    """
-    check_layer(name, weight, bias, scales)
-    weight = weight.float()
-    calibrated = scales.layers.get(name) if scales is not None else None
-    tensors: dict[str, Tensor] = {}
-    if calibrated is not None and plan.kind != "temporal" and "bias" in plan.tensors:
-        transform = _transform(calibrated, plan)
-        shift, scale = transform.shift.to(weight.device), transform.scale.to(weight.device)
-        mean = calibrated.input_mean.to(weight.device) if spec.bias_correction else None
-        quantized, folded = fold_transform(weight, bias, shift, scale, mean, spec.weight_bits)
-        tensors["bias"] = folded
-        # Clones: q, k and v share one transform, and a file wants every tensor to own its memory.
-        if "input_shift" in plan.tensors:
-            tensors["input_shift"] = shift.clone()
-        if "input_scale" in plan.tensors:
-            tensors["input_scale"] = scale.clone()
-    else:
-        quantized = quantize_weight(weight, spec.weight_bits)
-        if bias is not None:
-            tensors["bias"] = bias
-    if "activation_scale" in plan.tensors:
-        assert calibrated is not None
-        tensors["activation_scale"] = static_step(
-            calibrated.input_min, calibrated.input_max, _transform(calibrated, plan), spec.activation_bits
-        )
-    if "codebook" in plan.tensors and scales is not None and name in scales.temporal:
-        tensors.update(codebook_tensors(scales.temporal[name], weight.shape[1]))
-    return {"weight": quantized.codes, "weight_scale": quantized.scale, **tensors}
+def quantized_layer(name: str, source: nn.Module, encoding: Encoding) -> QuantizedLayer:
+    """The quantized version of one float layer, on its device."""
+    weight, bias = source.weight, source.bias
+    assert isinstance(weight, Tensor)
+    tensors = encoding.encode(name, weight, bias)  # type: ignore[arg-type]
+    layer = make_layer(source, encoding.plan[name], encoding.spec, weight.dtype)
+    fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in tensors.items()})
+    return layer
 
 
 def make_layer(source: nn.Module, plan: LayerPlan, spec: QuantSpec, dtype: torch.dtype) -> QuantizedLayer:
@@ -129,8 +94,32 @@ def install_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: QuantS
                 "the checkpoint belongs to another model or another version of it."
             )
     for name, layer_plan in plan.items():
+        _check_rotation(name, modules[name], layer_plan)
         model.set_submodule(name, make_layer(modules[name], layer_plan, spec, dtype))
+    attach_clock(model)
     return model
+
+
+def _check_rotation(name: str, source: nn.Module, plan: LayerPlan) -> None:
+    channels = getattr(source, "in_features", getattr(source, "in_channels", 0))
+    if plan.rotation and channels % plan.rotation:
+        raise QVDError(
+            f"layer {name} is said to rotate blocks of {plan.rotation} of its {channels} channels: "
+            "the quantized checkpoint is damaged."
+        )
+
+
+def attach_clock(model: nn.Module) -> None:
+    """Tell the layers whose scales change while sampling what is being sampled, through one hook on the model."""
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, QuantizedLayer) and layer.plan.steps_by != "layer"
+    ]
+    if not layers:
+        return
+    clock = SamplingClock(model, family_or_generic(model))
+    clock.handle = model.register_forward_pre_hook(clock.read, with_kwargs=True)
+    for layer in layers:
+        layer.clock = clock
 
 
 def fill_layer(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
@@ -177,13 +166,15 @@ def dequantize_model(model: nn.Module) -> nn.Module:
     """Turn every quantized layer back into a float layer of the same function up to quantization, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLayer):
+            if layer.clock is not None:
+                layer.clock.detach()
             model.set_submodule(name, dequantize_layer(layer))
     return model
 
 
 def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
     """The float layer W = dequantized W~ / scale, b = bias - W shift, in the layer's compute dtype."""
-    weight = layer.dequantized_weight()
+    weight = hadamard(layer.dequantized_weight(), layer.plan.rotation, dim=1)  # its own inverse
     bias = None if layer.bias is None else layer.bias.double()
     if layer.input_scale is not None:
         weight = weight / layer.input_scale.view(1, -1, *[1] * (weight.dim() - 2))
@@ -214,11 +205,3 @@ def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d:
         )
     assert isinstance(layer, nn.Linear)
     return nn.Linear(layer.in_features, layer.out_features, bias=bias)
-
-
-def _transform(calibrated: LayerScales, plan: LayerPlan) -> Transform:
-    """As much of the calibrated transform as the plan carries."""
-    identity = Transform.identity(len(calibrated.input_shift))
-    shift = calibrated.input_shift if "input_shift" in plan.tensors else identity.shift
-    scale = calibrated.input_scale if "input_scale" in plan.tensors else identity.scale
-    return Transform("calibrated", shift, scale)

@@ -1,11 +1,13 @@
 """Quantized layers: ordinary modules with ordinary tensors, so that offload, peft, casting and safetensors just work.
 
 State dict = checkpoint format:
-    weight            int8 [N, K] or [N, C, kh, kw], a frozen `nn.Parameter` (offloading moves parameters)
+    weight            int8 [N, K] or [N, C, kh, kw], a frozen `nn.Parameter` (offloading moves parameters);
+                      4-bit codes are uint8 [N, ceil(K / 2)] or [N, ceil(C kh kw / 2)], two per byte
     weight_scale      float32 [N, 1(, 1, 1)], buffer
     bias              [N], float parameter (where there is one)
     input_shift, input_scale   float32 [K], buffers, SCRI (where calibrated)
-    activation_scale  float32 [1], buffer (static activations only)
+    activation_scale  float32 [1], buffer (static activations only); [G] per range of timesteps, [F] per video frame
+    bucket_boundaries float32 [G - 1], buffer: timesteps between the G ranges
 The float32 buffers stay float32 through `module.to(dtype)`.
 """
 
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvd_core.clock import SamplingClock
 from qvd_core.ops import int8_conv2d, int8_linear, quantize_activation, semantics
+from qvd_core.packing import unpack_int4
 from qvd_core.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ FLOAT32_BUFFERS = (
     "input_shift",
     "input_scale",
     "activation_scale",
+    "bucket_boundaries",
     "levels",
     "boundaries",
     "offset",
@@ -45,22 +50,32 @@ class QuantizedLayer(nn.Module):
     input_shift: Tensor | None
     input_scale: Tensor | None
     activation_scale: Tensor | None
+    bucket_boundaries: Tensor | None
+    clock: SamplingClock | None = None  # shared by the model's layers; only scales that change while sampling need it
     spec: QuantSpec
+    plan: LayerPlan
+    weight_bits: int
     compute_dtype: torch.dtype
 
     def _allocate(self, spec: QuantSpec, plan: LayerPlan, weight_shape: torch.Size, dtype: torch.dtype) -> None:
         """Empty tensors on the meta device, as the plan says; loading fills them."""
-        self.spec = spec
+        self.spec, self.plan = spec, plan
         self.compute_dtype = dtype
+        self.weight_bits = plan.weight_bits(spec)
+        self.weight_shape = weight_shape
         meta = torch.device("meta")
-        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=torch.int8, device=meta), requires_grad=False)
         outputs, inputs = weight_shape[0], weight_shape[1]
+        codes = torch.empty(weight_shape, dtype=torch.int8, device=meta)
+        if self.weight_bits == 4:
+            codes = torch.empty(outputs, -(-weight_shape[1:].numel() // 2), dtype=torch.uint8, device=meta)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         self._buffer("weight_scale", (outputs, *[1] * (len(weight_shape) - 1)))
         bias = torch.empty(outputs, dtype=dtype, device=meta)
         self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if "bias" in plan.tensors else None)
         self._buffer("input_shift", (inputs,) if "input_shift" in plan.tensors else None)
         self._buffer("input_scale", (inputs,) if "input_scale" in plan.tensors else None)
-        self._buffer("activation_scale", (1,) if "activation_scale" in plan.tensors else None)
+        self._buffer("activation_scale", (plan.steps,) if "activation_scale" in plan.tensors else None)
+        self._buffer("bucket_boundaries", (plan.steps - 1,) if plan.steps_by == "timestep" else None)
 
     def _buffer(self, name: str, shape: tuple[int, ...] | None) -> None:
         self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=torch.float32, device="meta"))
@@ -77,9 +92,24 @@ class QuantizedLayer(nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
+    def weight_codes(self) -> Tensor:
+        """int8 codes in the weight's shape; 4-bit ones are unpacked."""
+        return unpack_int4(self.weight, self.weight_shape) if self.weight_bits == 4 else self.weight
+
     def dequantized_weight(self) -> Tensor:
         """float32 weight that acts on the layer's transformed input."""
-        return self.weight.float() * self.weight_scale
+        return self.weight_codes().float() * self.weight_scale
+
+    def static_step(self, rows: int) -> Tensor | None:
+        """The calibrated step for an input of `rows` rows (images): [1], one per row [rows, 1], or None: dynamic."""
+        steps = self.activation_scale
+        if steps is None or self.plan.steps_by == "layer":
+            return steps
+        if self.clock is None:  # taken out of its model
+            return steps.amax().view(1)
+        if self.bucket_boundaries is not None:
+            return self.clock.bucket_step(steps, self.bucket_boundaries)
+        return self.clock.frame_step(steps, rows, self.plan.steps_by)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -94,9 +124,15 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """input [..., K] of any float dtype -> [..., N] of the same dtype."""
         rows = input.reshape(-1, self.in_features)
         codes, step = quantize_activation(
-            rows, self.input_shift, self.input_scale, self.activation_scale, self.spec.activation_bits
+            rows,
+            self.input_shift,
+            self.input_scale,
+            self.static_step(len(rows)),
+            self.spec.activation_bits,
+            self.plan.rotation,
         )
-        out = int8_linear(codes, step, self.weight, self.weight_scale, self.bias, input.dtype, self.spec.backend)
+        weight = self.weight_codes()
+        out = int8_linear(codes, step, weight, self.weight_scale, self.bias, input.dtype, self.spec.backend)
         return out.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -136,7 +172,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return int8_conv2d(
             images,
             step,
-            self.weight,
+            self.weight_codes(),
             self.weight_scale,
             self.bias,
             self.stride,  # type: ignore[arg-type]
@@ -147,10 +183,13 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def _quantize(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B, P, C] -> codes int8 [B, P, C] and the step [B, 1, 1, 1] or [1]."""
-        bits = self.spec.activation_bits
-        if self.activation_scale is not None:
-            return quantize_activation(pixels, self.input_shift, self.input_scale, self.activation_scale, bits)
-        transformed = semantics.transform(pixels, self.input_shift, self.input_scale)
+        bits, rotation = self.spec.activation_bits, self.plan.rotation
+        step = self.static_step(len(pixels))
+        if step is not None:
+            step = step.unsqueeze(-1) if step.dim() == 2 else step
+            codes, step = quantize_activation(pixels, self.input_shift, self.input_scale, step, bits, rotation)
+            return codes, step.unsqueeze(-1) if step.dim() == 3 else step
+        transformed = semantics.transform(pixels, self.input_shift, self.input_scale, rotation)
         step = semantics.token_step(transformed, bits, dims=(-2, -1))
         return semantics.encode(transformed, step, bits), step.unsqueeze(-1)
 
@@ -160,7 +199,12 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def _describe(layer: QuantizedLayer) -> str:
-    activation = "token" if layer.activation_scale is None else "static"
-    transform = "shift+scale" if layer.input_shift is not None else "plain"
-    bits = f"W{layer.spec.weight_bits}A{layer.spec.activation_bits}"
+    activation = "token"
+    if layer.activation_scale is not None:
+        by = "" if layer.plan.steps_by == "layer" else f" by {layer.plan.steps_by.partition(' ')[0]}"
+        activation = f"static{by}"
+    parts = {"shift": layer.input_shift is not None, "scale": layer.input_scale is not None}
+    parts["rotation"] = layer.plan.rotation > 0
+    transform = "+".join(name for name, present in parts.items() if present) or "plain"
+    bits = f"W{layer.weight_bits}A{layer.spec.activation_bits}"
     return f"{bits} {activation}, {transform}, bias={layer.bias is not None}"

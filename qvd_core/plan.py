@@ -17,21 +17,41 @@ from torch import nn
 from qvd_core.errors import QVDError
 from qvd_core.families import Family, family_or_generic
 from qvd_core.families.patterns import has_prefix
-from qvd_core.scales import Scales
+from qvd_core.scales import LayerScales, Scales
+from qvd_core.sensitivity import most_sensitive
 from qvd_core.spec import QuantSpec
+from qvd_core.steps import fewer_buckets
+from qvd_core.transform import Transform
 
 logger = logging.getLogger(__name__)
 
 LayerKind = Literal["linear", "conv2d", "temporal"]
 OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
+StepsBy = Literal["layer", "timestep", "major", "minor"]
+
+LARGEST_COUNT = 4096  # of steps or channels per rotation that a recorded plan may ask for
+TEMPORAL_WEIGHT_BITS = 8  # a temporal weight is read once per timestep: fewer bits would save no time
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One quantized layer: its kind, and the tensors it holds beside `weight` and `weight_scale`."""
+    """One quantized layer: its kind, and the tensors it holds beside `weight` and `weight_scale`.
+
+    steps, steps_by: how many activation scales a static layer has, and what tells them apart: one for the "layer",
+        one per range of "timestep", or one per video frame, whose rows run frame by frame ("major") or through all
+        frames first ("minor").
+    rotation: channels per Hadamard block of the input, 0 for none.
+    """
 
     kind: LayerKind
     tensors: tuple[OptionalTensor, ...] = ()
+    steps: int = 1
+    steps_by: StepsBy = "layer"
+    rotation: int = 0
+
+    def weight_bits(self, spec: QuantSpec) -> int:
+        """Bits of this layer's weight codes under `spec`."""
+        return TEMPORAL_WEIGHT_BITS if self.kind == "temporal" else spec.weight_bits
 
 
 def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dict[str, nn.Module]:
@@ -65,11 +85,17 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
     layers = quantizable_layers(model, family, spec)
     if not layers:
         raise QVDError(f"{type(model).__name__} has no layer that QVD can quantize: nothing was changed.")
-    if scales is None and spec.activation == "static":
-        raise QVDError('activation="static" needs calibrated scales: pass scales=, or use activation="token".')
+    if scales is None:
+        _check_data_free(spec)
     if scales is not None:
         scales.check_structure(model, layers)
+        layers = _without_sensitive(layers, spec, scales)
         _check_temporal_bits(spec, scales)
+        if spec.rounding == "gptq" and not scales.rows:
+            raise QVDError(
+                'these scales hold no samples of layer inputs, which rounding="gptq" needs: calibrate with '
+                'config=QVDConfig(rounding="gptq"), or leave the setting at its default.'
+            )
         _warn_of_uncalibrated(layers, family, scales)
     _warn_of_misspelt(model, spec)
     plan: dict[str, LayerPlan] = {}
@@ -80,6 +106,18 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
         else:
             plan[name] = _plan_gemm(name, module, layer_spec(family, name, spec), scales)
     return plan
+
+
+def _without_sensitive(layers: dict[str, nn.Module], spec: QuantSpec, scales: Scales) -> dict[str, nn.Module]:
+    """The layers that are not to be kept in full precision for their measured effect on the output."""
+    if spec.auto_keep is None:
+        return layers
+    sizes = {name: module.weight.numel() for name, module in layers.items()}  # type: ignore[operator]
+    kept = most_sensitive(scales.report, sizes, spec.auto_keep)
+    logger.info("auto_keep=%g keeps %d of %d layers: %s", spec.auto_keep, len(kept), len(layers), ", ".join(kept))
+    if len(kept) == len(layers):
+        raise QVDError(f"auto_keep={spec.auto_keep:g} would keep every layer: nothing is left to quantize, lower it.")
+    return {name: module for name, module in layers.items() if name not in kept}
 
 
 def layer_spec(family: Family, name: str, spec: QuantSpec) -> QuantSpec:
@@ -115,27 +153,64 @@ def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:
             )
 
 
+def _check_data_free(spec: QuantSpec) -> None:
+    needs = {
+        f'activation="{spec.activation}"': spec.is_static,
+        'rounding="gptq"': spec.rounding == "gptq",
+        f"auto_keep={spec.auto_keep}": spec.auto_keep is not None,
+    }
+    missing = [setting for setting, needed in needs.items() if needed]
+    if missing:
+        raise QVDError(f"{missing[0]} needs calibrated scales: pass scales=, or leave the setting at its default.")
+
+
 def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | None) -> LayerPlan:
     calibrated = scales.layers.get(name) if scales is not None else None
-    if spec.activation == "static" and calibrated is None:
+    if spec.is_static and calibrated is None:
         raise QVDError(
             f"the scales hold nothing for layer {name}, which never ran during calibration: "
             'calibrate with inputs that reach it, keep it with modules_to_not_convert, or use activation="token".'
         )
     shifted = scaled = False
+    rotation = 0
     if calibrated is not None and not spec.portable:
         shifted = spec.shift and bool((calibrated.input_shift != 0).any())
         scaled = spec.scale != "none" and bool((calibrated.input_scale != 1).any())
-    folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled)
+        # Steps behind a rotation are known for the whole transform that was searched, not for a part of it.
+        whole = Transform("", calibrated.input_shift, calibrated.input_scale).parts == shifted + scaled
+        rotation = calibrated.rotation if spec.rotate and whole else 0
+    # A portable layer's shift is in its producer; its W z still needs a bias of its own.
+    folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled or spec.portable)
+    steps, steps_by = _plan_steps(name, spec, calibrated)
     return LayerPlan(
         "conv2d" if isinstance(module, nn.Conv2d) else "linear",
         _present(
             bias=module.bias is not None or folds_into_bias,
             input_shift=shifted,
             input_scale=scaled,
-            activation_scale=spec.activation == "static",
+            activation_scale=spec.is_static,
         ),
+        steps,
+        steps_by,
+        rotation,
     )
+
+
+def _plan_steps(name: str, spec: QuantSpec, calibrated: LayerScales | None) -> tuple[int, StepsBy]:
+    """How many static scales a layer gets, and what tells them apart; one where it has no more to offer."""
+    if calibrated is None or spec.activation not in ("static_bucket", "static_frame"):
+        return 1, "layer"
+    if spec.activation == "static_bucket":
+        if calibrated.bucket_steps is None:
+            raise QVDError(
+                f"the scales of layer {name} know nothing of timesteps: they come from an older QVD, calibrate again."
+            )
+        assert calibrated.bucket_boundaries is not None
+        count = len(fewer_buckets(calibrated.bucket_steps, calibrated.bucket_boundaries, spec.buckets)[0])
+        return (count, "timestep") if count > 1 else (1, "layer")
+    if calibrated.frame_steps is None or len(calibrated.frame_steps) < 2:
+        return 1, "layer"
+    return len(calibrated.frame_steps), calibrated.frame_order  # type: ignore[return-value]
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -153,23 +228,45 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def plan_to_dict(plan: Mapping[str, LayerPlan]) -> dict[str, list[str]]:
-    """JSON form: layer name to [kind, tensor, ...]."""
-    return {name: [layer.kind, *layer.tensors] for name, layer in plan.items()}
+    """JSON form: layer name to [kind, tensor, ...], with "steps:8:timestep" and "rotation:64" where they apply."""
+    return {name: plan_to_list(layer) for name, layer in plan.items()}
+
+
+def plan_to_list(layer: LayerPlan) -> list[str]:
+    """JSON form of one layer's plan."""
+    steps = [f"steps:{layer.steps}:{layer.steps_by}"] if layer.steps_by != "layer" else []
+    rotation = [f"rotation:{layer.rotation}"] if layer.rotation else []
+    return [layer.kind, *layer.tensors, *steps, *rotation]
 
 
 def plan_from_dict(values: Mapping[str, Any]) -> dict[str, LayerPlan]:
     """Inverse of `plan_to_dict`; raises QVDError on anything it does not know."""
-    plan: dict[str, LayerPlan] = {}
     if not isinstance(values, Mapping):
         raise QVDError(f"the recorded plan is {values!r}, not a table of layers: damaged, or from a newer QVD.")
-    for name, entry in values.items():
-        if not isinstance(entry, list) or not entry or entry[0] not in get_args(LayerKind):
-            raise QVDError(f"the recorded plan of layer {name!r} is {entry!r}: damaged, or from a newer QVD.")
-        unknown = [tensor for tensor in entry[1:] if tensor not in get_args(OptionalTensor)]
-        if unknown:
-            raise QVDError(f"layer {name!r} is said to hold {unknown}: damaged, or from a newer QVD.")
-        plan[name] = LayerPlan(entry[0], cast("tuple[OptionalTensor, ...]", tuple(entry[1:])))
+    return {name: _layer_from_list(name, entry) for name, entry in values.items()}
+
+
+def _layer_from_list(name: str, entry: Any) -> LayerPlan:
+    if not isinstance(entry, list) or not entry or entry[0] not in get_args(LayerKind):
+        raise QVDError(f"the recorded plan of layer {name!r} is {entry!r}: damaged, or from a newer QVD.")
+    tensors = tuple(item for item in entry[1:] if item in get_args(OptionalTensor))
+    plan = LayerPlan(entry[0], cast("tuple[OptionalTensor, ...]", tensors))
+    unknown = []
+    for item in entry[1:]:
+        match str(item).split(":"):
+            case ["steps", count, by] if _is_count(count) and by in get_args(StepsBy)[1:]:
+                plan = replace(plan, steps=int(count), steps_by=cast("StepsBy", by))
+            case ["rotation", count] if _is_count(count) and int(count).bit_count() == 1:
+                plan = replace(plan, rotation=int(count))
+            case _ if item not in tensors:
+                unknown.append(item)
+    if unknown:
+        raise QVDError(f"layer {name!r} is said to hold {unknown}: damaged, or from a newer QVD.")
     return plan
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 4 and 1 < int(text) <= LARGEST_COUNT
 
 
 def _present(**tensors: bool) -> tuple[OptionalTensor, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from qvd_core.errors import QVDError
+from qvd_core.sensitivity import END_EFFECT
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #4477aa; }
@@ -30,11 +31,12 @@ def write_report(
     summary: Sequence[tuple[str, str]],
     layers: Mapping[str, Mapping[str, float]],
     pictures: Mapping[str, str | Path],
+    kept: Collection[str] = (),
 ) -> Path:
     """Write the report to `path` (temporary file, then rename) and return it.
 
     summary: (what, value) lines. layers: the report of `Scales` (layer -> figures).
-    pictures: caption -> PNG or GIF file.
+    pictures: caption -> PNG or GIF file. kept: the layers that stay in full precision for their sensitivity.
     Raises QVDError when a picture cannot be read or the report cannot be written.
     """
     path = Path(path)
@@ -44,6 +46,7 @@ def write_report(
                 f"<h1>{html.escape(title)}</h1>",
                 _summary_table(summary),
                 *(_picture(caption, Path(file)) for caption, file in pictures.items()),
+                _sensitivity_table(layers, kept),
                 _gemm_table(layers),
                 _temporal_table(layers),
             ]
@@ -81,8 +84,22 @@ def _picture(caption: str, file: Path) -> str:
     return f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" src="{source}">'
 
 
+def _sensitivity_table(layers: Mapping[str, Mapping[str, float]], kept: Collection[str]) -> str:
+    """Layers by what they, quantized alone, do to the model's output; those that `kept` names are marked."""
+    measured = {name: figures[END_EFFECT] for name, figures in layers.items() if END_EFFECT in figures}
+    if not measured:
+        return ""
+    rows = [
+        f'<tr><th scope="row"><code>{html.escape(name)}</code></th><td class="number">{decibels:.1f}</td>'
+        f"<td>{'kept in full precision' if name in kept else 'quantized'}</td></tr>"
+        for name, decibels in sorted(measured.items(), key=lambda item: item[1])
+    ]
+    head = "<tr><th>layer</th><th>SQNR of the model's output (dB)</th><th></th></tr>"
+    return f'<h2>Layers, most sensitive first</h2>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
 def _gemm_table(layers: Mapping[str, Mapping[str, float]]) -> str:
-    """Layers by output SQNR, the most sensitive first; coverage is the share of levels the mean channel uses."""
+    """Layers by their own output's SQNR, the worst first; coverage is the share of levels the mean channel uses."""
     rows = []
     for name, figures in sorted(layers.items(), key=lambda item: item[1].get("sqnr_db", float("inf"))):
         if "sqnr_db" not in figures:
@@ -97,7 +114,7 @@ def _gemm_table(layers: Mapping[str, Mapping[str, float]]) -> str:
     if not rows:
         return ""
     head = "<tr><th>layer</th><th>SQNR (dB) before SCRI</th><th>after</th><th>levels used</th></tr>"
-    return f'<h2>Layers, most sensitive first</h2>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    return f'<h2>Layers, largest error first</h2>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _temporal_table(layers: Mapping[str, Mapping[str, float]]) -> str:

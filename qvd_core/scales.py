@@ -20,7 +20,7 @@ from qvd_core.fingerprint import probe_agrees, structure_fingerprint
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LARGEST_VALUE = 1e15  # far above any activation, far below what overflows when it is multiplied
 
 
@@ -31,6 +31,12 @@ class LayerScales:
     input_min, input_max, input_mean [K]: over prompts, all sampler steps, tokens and both guidance branches.
     input_shift, input_scale [K]: SCRI's z and s; x is quantized as (x - z) / s.
     weight_probe [<= 64]: samples of the weight, to recognise the model.
+    static_step [1], bucket_steps [G] with bucket_boundaries [G-1] (timesteps, ascending), frame_steps [F]: activation
+        steps per layer, range of timesteps and video frame, for the bits of the spec they were searched for. None in
+        files of older versions and, frame_steps, for layers that do not know their frames.
+    frame_order: how the rows run through the frames, "major" or "minor"; "" where it is not known.
+    rotation: channels per Hadamard block behind shift and scale, 0 for none.
+    rows_of: the layer under whose name a sample of this layer's input is kept ("" for none).
     """
 
     input_min: Tensor
@@ -39,9 +45,30 @@ class LayerScales:
     input_shift: Tensor
     input_scale: Tensor
     weight_probe: Tensor
+    static_step: Tensor | None = None
+    bucket_steps: Tensor | None = None
+    bucket_boundaries: Tensor | None = None
+    frame_steps: Tensor | None = None
+    frame_order: str = ""
+    rotation: int = 0
+    rows_of: str = ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by field name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def settings(self) -> dict[str, Any]:
+        """What is no tensor and not at its default, by field name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in _SETTINGS}
+        return {name: value for name, value in values.items() if value}
 
 
 _PER_CHANNEL = ("input_min", "input_max", "input_mean", "input_shift", "input_scale")
+_STEPS = ("static_step", "bucket_steps", "frame_steps")
+_SETTINGS = {"frame_order": str, "rotation": int, "rows_of": str}
+_REQUIRED = (*_PER_CHANNEL, "weight_probe")
+_OPTIONAL = (*_STEPS, "bucket_boundaries")
 
 
 @dataclass
@@ -51,6 +78,8 @@ class Scales:
     model_class, fingerprint: the model it was calibrated on (`structure_fingerprint`).
     spec: the settings it was searched for.
     layers: scales of every GEMM layer that ran. temporal: HTDQ codebooks of the temporal projections.
+    rows: samples of layer inputs, bfloat16 [S, K * taps], by the name of the first layer that reads them; only kept
+        for rounding="gptq".
     report: layer -> figures (output SQNR in dB, coverage before and after, ...).
     calibrated_on: prompts, steps and whatever else the caller wants remembered.
     """
@@ -60,6 +89,7 @@ class Scales:
     spec: QuantSpec
     layers: dict[str, LayerScales] = field(default_factory=dict)
     temporal: dict[str, TemporalQuantizer] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     calibrated_on: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +97,8 @@ class Scales:
         """Write to `path`, atomically. Raises QVDError when the file cannot be written."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            tensors.update({f"{name}.{item.name}": getattr(layer, item.name) for item in fields(layer)})
+            tensors.update({f"{name}.{key}": value.cpu() for key, value in layer.tensors().items()})
+        tensors.update({f"{name}.rows": rows for name, rows in self.rows.items()})
         for name, quantizer in self.temporal.items():
             tensors.update({f"{name}.{key}": value for key, value in quantizer.to_tensors().items()})
         description = {
@@ -76,7 +107,7 @@ class Scales:
             "model_class": self.model_class,
             "fingerprint": self.fingerprint,
             "spec": self.spec.to_dict(),
-            "layers": sorted(self.layers),
+            "layers": {name: self.layers[name].settings() for name in sorted(self.layers)},
             "temporal": {name: [quantizer.name, quantizer.bits] for name, quantizer in self.temporal.items()},
             "report": self.report,
             "calibrated_on": self.calibrated_on,
@@ -97,13 +128,17 @@ class Scales:
                 name: TemporalQuantizer.from_tensors(kind, bits, _below(tensors, name))
                 for name, (kind, bits) in description["temporal"].items()
             }
-            layers = {name: _layer_from_tensors(name, _below(tensors, name)) for name in description["layers"]}
+            settings = description["layers"]
+            if isinstance(settings, list):  # version 1 had nothing to say of a layer
+                settings = {name: {} for name in settings}
+            layers = {name: _layer_of(name, _below(tensors, name), own) for name, own in settings.items()}
             return cls(
                 model_class=str(description["model_class"]),
                 fingerprint=str(description["fingerprint"]),
                 spec=QuantSpec.from_dict(description["spec"]),
                 layers=layers,
                 temporal=temporal,
+                rows=_rows(layers, tensors),
                 report={name: _figures(values) for name, values in description["report"].items()},
                 calibrated_on=dict(description["calibrated_on"]),
             )
@@ -118,6 +153,7 @@ class Scales:
                 f"{self.fingerprint[:8]}; this {type(model).__name__} has {structure_fingerprint(model)[:8]}): "
                 "calibrate this model."
             )
+        self._check_values(layers)
         found = {name: scales.input_shift.numel() for name, scales in self.layers.items()}
         found |= {name: size for name, codebook in self.temporal.items() if (size := codebook.offset.numel()) > 1}
         for name, size in found.items():
@@ -127,6 +163,17 @@ class Scales:
                 raise QVDError(
                     f"the scales of layer {name} have {size} channels, the layer has {channels}: calibrate this model."
                 )
+
+    def _check_values(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise QVDError for values no calibration finds, and for input samples that are not of the layer's width."""
+        try:
+            for name, held in self.layers.items():
+                check_layer_scales(name, held)
+                rows, weight = self.rows.get(held.rows_of), getattr(layers.get(name), "weight", None)
+                if rows is not None and isinstance(weight, Tensor) and rows.shape[1] != weight[0].numel():
+                    raise QVDError(f"the input sample of layer {name} has {rows.shape[1]} columns")
+        except QVDError as error:
+            raise QVDError(f"these scales are damaged ({error}): calibrate again.") from None
 
     def check_weight(self, name: str, weight: Tensor) -> None:
         """Raise QVDError unless `weight` is the one layer `name` was calibrated with (up to rounding, small edits)."""
@@ -160,27 +207,69 @@ def _below(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
     }
 
 
-def _layer_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> LayerScales:
-    missing = [item.name for item in fields(LayerScales) if item.name not in tensors]
+def _layer_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LayerScales:
+    missing = [key for key in _REQUIRED if key not in tensors]
     if missing:
         raise QVDError(f"layer {name} lacks {', '.join(missing)}")
-    layer = LayerScales(**{item.name: tensors[item.name] for item in fields(LayerScales)})
+    for key, value in settings.items():
+        if key not in _SETTINGS or type(value) is not _SETTINGS[key]:
+            raise QVDError(f"layer {name} has the unknown setting {key}={value!r}")
+    present: dict[str, Any] = {key: tensors[key] for key in (*_REQUIRED, *_OPTIONAL) if key in tensors}
+    layer = LayerScales(**present, **settings)
     check_layer_scales(name, layer)
     return layer
+
+
+def _rows(layers: Mapping[str, LayerScales], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The samples that layers refer to, checked."""
+    rows = {}
+    for name, layer in layers.items():
+        if not layer.rows_of:
+            continue
+        sample = tensors.get(f"{layer.rows_of}.rows")
+        channels = len(layer.input_min)
+        if sample is None or sample.dim() != 2 or len(sample) == 0 or sample.shape[1] % channels:
+            found = "missing" if sample is None else f"{list(sample.shape)}"
+            raise QVDError(f"the input sample of layer {name} is {found}, expected [S, {channels} * taps]")
+        if sample.dtype != torch.bfloat16 or not sample.isfinite().all():
+            raise QVDError(f"the input sample of layer {name} is {sample.dtype} or holds NaN")
+        rows[layer.rows_of] = sample
+    return rows
 
 
 def check_layer_scales(name: str, layer: LayerScales) -> None:
     """Raise QVDError unless every tensor is float32, finite, of one length per kind, and scales are positive."""
     channels = layer.input_min.shape
-    for item in fields(layer):
-        tensor: Tensor = getattr(layer, item.name)
-        expected = channels if item.name in _PER_CHANNEL else tensor.shape[:1]
+    for key, tensor in layer.tensors().items():
+        expected = channels if key in _PER_CHANNEL else tensor.shape[:1]
         if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.shape != expected:
             found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"float32 {list(expected)}"
-            raise QVDError(f"{name}.{item.name} is {found}, expected {wanted}")
+            raise QVDError(f"{name}.{key} is {found}, expected {wanted}")
         if not (tensor.abs() <= LARGEST_VALUE).all():
-            raise QVDError(f"{name}.{item.name} holds NaN or infinity, or values beyond any activation")
+            raise QVDError(f"{name}.{key} holds NaN or infinity, or values beyond any activation")
+        if key in _STEPS and not (len(tensor) > 0 and (tensor > 0).all()):
+            raise QVDError(f"{name}.{key} must be positive")
     if not (layer.input_scale >= 1 / LARGEST_VALUE).all():
         raise QVDError(f"{name}.input_scale must be positive")
     if not (layer.input_min <= layer.input_max).all():
         raise QVDError(f"{name}.input_min exceeds input_max")
+    _check_counts(name, layer)
+
+
+def _check_counts(name: str, layer: LayerScales) -> None:
+    channels = len(layer.input_min)
+    if layer.static_step is not None and len(layer.static_step) != 1:
+        raise QVDError(f"{name}.static_step has {len(layer.static_step)} values, expected 1")
+    buckets, boundaries = layer.bucket_steps, layer.bucket_boundaries
+    if (buckets is None) != (boundaries is None):
+        raise QVDError(f"{name} has bucket_steps or bucket_boundaries without the other")
+    if buckets is not None and boundaries is not None and not _separate(boundaries, len(buckets)):
+        raise QVDError(f"{name}.bucket_boundaries must ascend, one fewer than the {len(buckets)} bucket_steps")
+    if layer.frame_steps is not None and layer.frame_order not in ("major", "minor"):
+        raise QVDError(f"{name}.frame_order is {layer.frame_order!r}, expected major or minor")
+    if layer.rotation and (layer.rotation < 0 or layer.rotation.bit_count() != 1 or channels % layer.rotation):
+        raise QVDError(f"{name}.rotation is {layer.rotation}, not a power of two that divides {channels} channels")
+
+
+def _separate(boundaries: Tensor, count: int) -> bool:
+    return len(boundaries) == count - 1 and bool((boundaries[:-1] <= boundaries[1:]).all())

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Activation = Literal["token", "static"]
-ScaleMode = Literal["search", "smooth", "none"]
+Activation = Literal["token", "static", "static_bucket", "static_frame"]
+ScaleMode = Literal["search", "threshold", "smooth", "none"]
+RangeMode = Literal["search", "minmax", "quantile"]
+Rounding = Literal["auto", "nearest", "gptq"]
 TemporalMode = Literal["table", "online", "none"]
 TemporalQuantizerName = Literal["auto", "logk", "log2", "power", "mix", "uniform", "channel"]
 BackendName = Literal["auto", "reference", "emulated"]
@@ -15,25 +17,39 @@ BackendName = Literal["auto", "reference", "emulated"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
     "scale": get_args(ScaleMode),
+    "range": get_args(RangeMode),
+    "rounding": get_args(Rounding),
     "temporal": get_args(TemporalMode),
     "temporal_quantizer": get_args(TemporalQuantizerName),
     "backend": get_args(BackendName),
 }
 BITS = range(4, 9)
+MOST_BUCKETS = 32
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """What to quantize to, and how.
 
-    weight_bits, activation_bits: 4 to 8; below 8 the codes still live in int8 containers.
-    activation: "token" measures one scale per token (per image for convolutions) while running;
-        "static" uses one calibrated scale per layer (layers that read the prompt stay dynamic).
-    shift, scale: SCRI (METHOD section 3); both need calibrated scales, without them they are the identity.
+    weight_bits, activation_bits: 4 to 8; 4-bit weights are stored two per byte, the rest in int8 containers. The
+        weights of temporal projections stay int8: they are read once per timestep, not once per token.
+    activation: "token" measures one scale per token (per image for convolutions) while running. The others use
+        calibrated scales: "static" one per layer, "static_bucket" one per range of timesteps, "static_frame" one per
+        video frame (where the layer knows its frames). Layers that read the prompt stay dynamic in all of them.
+    buckets: the most ranges of timesteps a "static_bucket" layer has.
+    shift, scale: SCRI (METHOD section 3); both need calibrated scales, without them they are the identity. "threshold"
+        brings wide channels to one range [R], "smooth" weighs range against weights [O], "search" tries both.
+    range: what a calibrated scale has to hold. "minmax" every value seen, "quantile" all but the outermost values of
+        each channel, "search" the share of the seen range that costs the least output error.
+    rotate: let SCRI also try a blockwise Hadamard rotation of the channels, which spreads outliers. [O]
+    rounding: "nearest", or "gptq": each weight column's rounding error is made good by the columns after it, judged on
+        a sample of the layer's inputs. "auto" is "gptq" below 8 bits where there are calibrated scales.
     temporal, temporal_quantizer: HTDQ (METHOD section 2). "table" remembers the projection of every timestep,
         "online" computes it each time, "none" leaves temporal features unquantized (their weights are still int8).
     bias_correction: fold with the quantized weight around the calibrated channel mean (METHOD 3.7).
     portable: allow only what folds into ordinary tensors, so that plain int8 loaders lose nothing.
+    auto_keep: keep the layers that calibration found most sensitive in full precision: a share of the weights (below
+        1), or every layer that alone brings the model's output below so many dB (1 and above).
     modules_to_not_convert: layer names, or whole-part prefixes of them, that stay in full precision.
     backend: which implementation of the int8 operators runs; "auto" picks the fastest exact one.
 
@@ -43,12 +59,17 @@ class QuantSpec:
     weight_bits: int = 8
     activation_bits: int = 8
     activation: Activation = "token"
+    buckets: int = 8
     shift: bool = True
     scale: ScaleMode = "search"
+    range: RangeMode = "search"
+    rotate: bool = False
+    rounding: Rounding = "auto"
     temporal: TemporalMode = "table"
     temporal_quantizer: TemporalQuantizerName = "auto"
     bias_correction: bool = True
     portable: bool = False
+    auto_keep: float | None = None
     modules_to_not_convert: tuple[str, ...] = ()
     backend: BackendName = "auto"
 
@@ -61,7 +82,14 @@ class QuantSpec:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-        for name in ("shift", "bias_correction", "portable"):
+        if isinstance(self.buckets, bool) or not isinstance(self.buckets, int) or not 1 <= self.buckets <= MOST_BUCKETS:
+            raise ValueError(f"buckets must be an integer from 1 to {MOST_BUCKETS}, got {self.buckets!r}.")
+        if self.auto_keep is not None and not _is_positive(self.auto_keep):
+            raise ValueError(
+                "auto_keep must be a share of the weights between 0 and 1, a number of dB from 1 on, or None; "
+                f"got {self.auto_keep!r}."
+            )
+        for name in ("shift", "rotate", "bias_correction", "portable"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         names = self.modules_to_not_convert
@@ -73,7 +101,17 @@ class QuantSpec:
     @property
     def transforms_inputs(self) -> bool:
         """Whether layers may carry an input shift and scale of their own."""
-        return not self.portable and (self.shift or self.scale != "none")
+        return self.shift or self.scale != "none" or self.rotate
+
+    @property
+    def compensates_rounding(self) -> bool:
+        """Whether weights are rounded with error compensation, given a sample of their inputs."""
+        return self.rounding == "gptq" or (self.rounding == "auto" and self.weight_bits < 8)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activation scales come from calibration."""
+        return self.activation != "token"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -87,3 +125,7 @@ class QuantSpec:
         if unknown:
             raise ValueError(f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         return cls(**values)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value < float("inf")

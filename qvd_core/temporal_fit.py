@@ -12,7 +12,7 @@ from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer, fit_temporal_quantizer
 
 TRAINING_TIMESTEPS = 1000
-GRID_TIMESTEPS = 101  # evenly spaced over the training range, both ends included
+GRID_TIMESTEPS = 1001  # evenly spaced over the training range, both ends included
 
 
 @torch.no_grad()
@@ -20,17 +20,31 @@ def grid_features(model: nn.Module, family: Family) -> dict[float, Tensor]:
     """Temporal features float32 [C] on a grid over the training range, by timestep. METHOD section 2 [O].
 
     Needs no data: the model's own timestep embedding computes them; empty where that also holds text, fps or guidance.
+    The grid is as fine as the fastest sinusoid of an embedding (one radian per step) needs: ranges taken on every tenth
+    step are too narrow for the channels that follow it.
     """
     if not family.temporal_features:
         return {}
-    modules = dict(model.named_modules())
-    projection = next(module for name, module in modules.items() if family.is_temporal(name))
-    timesteps = torch.linspace(TRAINING_TIMESTEPS, 0, GRID_TIMESTEPS)
-    features = timesteps.to(projection.weight.device)
-    for name in family.temporal_features:
-        parameter = next(modules[name].parameters(), None)
-        features = modules[name](features if parameter is None else features.to(parameter.dtype))
+    timesteps = torch.linspace(TRAINING_TIMESTEPS, 0, GRID_TIMESTEPS, device="cpu")
+    features = embed_timesteps(model, family, timesteps)
     return dict(zip(timesteps.tolist(), features.float().cpu(), strict=True))
+
+
+def embed_timesteps(model: nn.Module, family: Family, timesteps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Temporal features [T, C] of `timesteps` [T], on the embedding's device, for a family that has temporal_features.
+
+    dtype: what the model runs in, where its embedding is kept in another one; None leaves the embedding's.
+    """
+    modules = dict(model.named_modules())
+    parts = [modules[name] for name in family.temporal_features]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    features = timesteps.to(parameters[0].device) if parameters else timesteps
+    for part in parts:
+        parameter = next(part.parameters(), None)
+        features = part(features if parameter is None else features.to(parameter.dtype))
+        if parameter is not None and dtype is not None:
+            features = features.to(dtype)
+    return features
 
 
 def stack_features(features: dict[float, Tensor]) -> Tensor:

@@ -1,8 +1,10 @@
 """`TemporalLinear`: a projection of the timestep embedding, with HTDQ features and an int8 weight. METHOD section 2.
 
 It sees a handful of distinct rows per step, so it is bound by reading the weight, never by arithmetic: the features are
-coded through a codebook (log and power codes are not affine, no integer GEMM applies), the weight is dequantized on the
-fly, and with `temporal="table"` every row that was projected once is remembered and looked up from then on.
+coded through a codebook (log and power codes are not affine, no integer GEMM applies) and the weight is dequantized on
+the fly. A GEMM rounds a row differently in other company, so each distinct row is projected on its own. With
+`temporal="table"` the result is remembered and looked up from then on, bit for bit what `temporal="online"` computes,
+whatever the batch.
 """
 
 from __future__ import annotations
@@ -17,19 +19,28 @@ from torch.nn import functional as F
 from qvd_core.layers import QuantizedLayer
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
+from qvd_core.temporal_rows import Key, RowTable, distinct_rows, row_keys
 
 if TYPE_CHECKING:
     from qvd_core.plan import LayerPlan
 
-TABLE_ROWS = 128  # steps of one sampling run, with room for a change of scheduler
-MAX_DISTINCT_LOOKUPS = 64  # more rows are per-token timesteps: comparing them would cost more than it saves
+TABLE_ROWS = 128  # steps of one sampling run, with room for a change of scheduler or prompt
+MAX_SINGLE_ROWS = 64  # more distinct rows in one call than that are cheaper as one product
 
 
 class TemporalLinear(QuantizedLayer, nn.Linear):
-    """y = Q(x) @ dequantized int8 weight^T + bias, remembered per row.
+    """y = Q(x) @ dequantized int8 weight^T + bias, once per distinct row.
 
     Codebook buffers (where fitted), float32, C = in_features, b = activation bits:
     levels [2^b], boundaries [2^b - 1], offset [C], gain [C]; unused tails repeat the last level / the largest float.
+
+    The table holds outputs [N] in the dtype of the input, by the *quantized* row: features that differ by rounding
+    alone (another batch size, another kernel) share one entry, and whatever the embedding holds beside the timestep
+    (prompt, fps, guidance), a change of it or of the scheduler is just another row. Of more than `TABLE_ROWS` the
+    least recently used leaves, so that a step never costs more than `online` and one stored row.
+    Memory, all projections together: HunyuanVideo (13 B) has 1.11 M outputs, that is 2.2 MB per row in bfloat16, 111 MB
+    for 50 steps and 283 MB for 128 rows, beside int8 weights of 3.4 GB; CogVideoX-5B has 1.55 M, 3.1 MB per row, beside
+    0.8 GB; Wan 14B has 31 k, 61 kB per row, beside 157 MB.
     """
 
     levels: Tensor | None
@@ -51,7 +62,7 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
 
     def forget(self) -> None:
         """Empty the table; needed after a change of weight, bias or codebook."""
-        self._table: tuple[Tensor, Tensor] | None = None
+        self.table = RowTable(TABLE_ROWS)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.forget()
@@ -61,58 +72,91 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
         self.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start with an empty table: it costs memory and fills itself."""
+        return {**self.__dict__, "table": RowTable(TABLE_ROWS)}
+
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., C] of any float dtype -> [..., N] of the same dtype."""
+        """input [..., C] of any float dtype -> [..., N] of the same dtype.
+
+        Compiled, traced or under autograd it is one plain product: the same up to the rounding of its sums.
+        """
         rows = input.reshape(-1, self.in_features)
-        use_table = (
-            self.spec.temporal == "table"
-            and 0 < len(rows) <= MAX_DISTINCT_LOOKUPS
-            and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-        )
-        out = self._look_up(rows.float()) if use_table else self.project(rows)
-        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or rows.is_meta or len(rows) == 0
+        out = self.project(rows).to(input.dtype) if plain else self._project_distinct(rows)
+        return out.view(*input.shape[:-1], self.out_features)
 
     def project(self, rows: Tensor) -> Tensor:
-        """The online path: rows [M, C] -> float32 [M, N]."""
-        rows = rows.float()
-        if self.levels is not None:
-            code = torch.bucketize((rows - self.offset) / self.gain, self.boundaries)
-            decoded = self.levels[code] * self.gain + self.offset
-            rows = torch.where(rows.isnan(), rows, decoded)  # NaN has no code, and must not vanish in one
-        bias = None if self.bias is None else self.bias.float()
+        """rows [M, C] -> float32 [M, N] in one product."""
+        weight, bias = self._operands(rows.device)
         with torch.autocast(rows.device.type, enabled=False):
-            return F.linear(rows, self.dequantized_weight(), bias)
+            return F.linear(self.round(rows), weight, bias)
 
-    def _look_up(self, rows: Tensor) -> Tensor:
-        """Project rows [M, C] through the table, adding what it does not hold yet."""
-        index = self._find(rows)
-        while (index < 0).any():  # more than once where new rows push known ones of this call out
-            if not rows.isfinite().all():
-                return self.project(rows)  # NaN equals nothing, so it could never be found again
-            self._remember(rows[index < 0])
-            index = self._find(rows)
-        assert self._table is not None
-        return self._table[1][index]
+    def round(self, rows: Tensor) -> Tensor:
+        """rows [M, C] of any float dtype -> what their codes decode to, float32 [M, C]; NaN has no code and stays."""
+        rows = rows.float()
+        if self.levels is None:
+            return rows
+        code = torch.bucketize((rows - self.offset) / self.gain, self.boundaries)
+        decoded = self.levels[code] * self.gain + self.offset
+        return torch.where(rows.isnan(), rows, decoded)
 
-    def _find(self, rows: Tensor) -> Tensor:
-        """int64 [M]: where each row stands in the table, -1 where it does not."""
-        if self._table is None or self._table[0].device != rows.device:
-            return torch.full((len(rows),), -1, device=rows.device)
-        same = (rows[:, None] == self._table[0][None]).all(dim=-1)  # [M, T]
-        return torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
+    def remember(self, rows: Tensor) -> int:
+        """Make sure the table holds the outputs of rows [M, C]; how many it did not."""
+        new = sum(key not in self.table for key in set(row_keys(self.round(rows), rows.dtype)))
+        self._project_rows(rows, self.table)
+        return new
 
-    def _remember(self, rows: Tensor) -> None:
-        """Project new rows one at a time, independent of their neighbours, and append; the oldest leave."""
-        rows = torch.unique(rows, dim=0)
-        outputs = torch.cat([self.project(row[None]) for row in rows])
-        if self._table is not None and self._table[0].device == rows.device:
-            rows, outputs = torch.cat([self._table[0], rows]), torch.cat([self._table[1], outputs])
-        self._table = (rows[-TABLE_ROWS:], outputs[-TABLE_ROWS:])
+    def _project_distinct(self, rows: Tensor) -> Tensor:
+        """rows [M, C] -> [M, N] of their dtype. What is taken together depends on `rows` alone, never on the table."""
+        table = self.table if self.spec.temporal == "table" else None
+        if len(rows) <= MAX_SINGLE_ROWS:
+            return self._project_rows(rows, table)
+        found = distinct_rows(rows)  # per-token timesteps: many rows, few of them distinct
+        if found is None or 2 * len(found[0]) > len(rows):
+            return self.project(rows).to(rows.dtype)
+        first, inverse = found
+        few = rows[first]
+        single = len(few) <= MAX_SINGLE_ROWS
+        return (self._project_rows(few, table) if single else self.project(few).to(rows.dtype))[inverse]
+
+    def _project_rows(self, rows: Tensor, table: RowTable | None) -> Tensor:
+        """rows [M, C] -> [M, N] of their dtype, each distinct one on its own, through a table where there is one."""
+        rounded = self.round(rows)
+        keys = row_keys(rounded, rows.dtype)
+        outputs: dict[Key, Tensor] = {}
+        new = []
+        for key in dict.fromkeys(keys):
+            output = table.get(key) if table is not None else None
+            if output is None:
+                new.append(key)
+            else:
+                outputs[key] = output
+        if new:
+            weight, bias = self._operands(rows.device)
+        for key in new:
+            row = rounded[keys.index(key)][None].clone()  # its place in memory must not matter either
+            with torch.autocast(rows.device.type, enabled=False):
+                outputs[key] = F.linear(row, weight, bias)[0].to(rows.dtype)
+            if table is not None:
+                table.add(key, outputs[key])
+        return torch.stack([outputs[key] for key in keys])
+
+    def _operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """float32 weight [N, C] and bias [N] on the device of the rows.
+
+        Offloaded weights are sent there, in int8, for this one use: the same kernel gives the same bits, and sending
+        them takes less time than a product on the CPU.
+        """
+        if self.weight.device == device:
+            weight = self.dequantized_weight()
+        else:
+            weight = self.weight.to(device).float() * self.weight_scale.to(device)
+        return weight, None if self.bias is None else self.bias.to(device).float()
 
     def extra_repr(self) -> str:
         features = f"A{self.spec.activation_bits} codebook" if self.levels is not None else "full-precision features"
-        return f"{self.in_features}, {self.out_features}, W{self.spec.weight_bits}, {features}, {self.spec.temporal}"
+        return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, {features}, {self.spec.temporal}"
 
 
 def codebook_tensors(quantizer: TemporalQuantizer, channels: int) -> dict[str, Tensor]:

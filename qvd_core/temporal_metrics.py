@@ -9,7 +9,7 @@ Marks: [P] stated in the QVD paper's abstract, [R] reconstructed, [O] ours where
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ _NO_SPREAD = 1e-7  # distances (in [0, 1]) that spread less than this differ by 
 _NO_VARIATION = 1e-14  # share of the energy: what float32 rounding alone leaves of features that do not vary
 _SAME_DISTANCE = 1e-6  # two sets of distances without spread that agree this well are the same
 
-_CORRELATION_ROWS = 128  # a search correlates the pairs of at most so many steps; its report takes all
+_SAMPLE_ROWS = 128  # a search compares its candidates on at most so many steps: as dense as long sampling runs
 _GRAM_BUDGET = 2 * 10**10  # multiply-adds to spend on an exact Gram matrix: about a second on one CPU core
 _SKETCH_ROWS = 512
 _CHUNK_ELEMENTS = 2**24  # float32 copies of a large projection are made 64 MiB at a time
@@ -38,7 +38,7 @@ def td_score(E: Tensor) -> float:
     In [0, 1]; unchanged by translation and scaling of `E`. 0 if there is nothing to tell apart: one step, equal rows.
     """
     distances = pair_distances(E)
-    return distances.mean().item() if len(distances) else 0.0
+    return _score(distances)
 
 
 def td_ratio(E: Tensor, Eq: Tensor) -> float:
@@ -48,10 +48,7 @@ def td_ratio(E: Tensor, Eq: Tensor) -> float:
     elementwise quantizer can bring about.
     """
     _check_same_shape(E, Eq)
-    before, after = td_score(E), td_score(Eq)
-    if before == 0.0:
-        return 1.0 if after == 0.0 else math.inf
-    return after / before
+    return _ratio(td_score(E), td_score(Eq))
 
 
 def td_correlation(E: Tensor, Eq: Tensor) -> float:
@@ -73,19 +70,14 @@ def collision_rate(E: Tensor, Eq: Tensor) -> float:
     return _share(adjacent_differences(E) & (Eq[1:] == Eq[:-1]))
 
 
-def pair_distances(E: Tensor, rows: Tensor | None = None) -> Tensor:
-    """d_ij(E) of TDScore for all i<j, float64 [T(T-1)/2], row by row; with `rows` (int64 [R]) for pairs of those only.
-
-    The time mean is always that of all T rows. [O]
-    """
+def pair_distances(E: Tensor) -> Tensor:
+    """d_ij(E) of TDScore for all i<j, float64 [T(T-1)/2], row by row. [O]"""
     features = _as_matrix(E)
     centred = features - features.mean(dim=0)
     # The distances do not depend on the scale; without it, squares of very large or small float64 leave the range.
     largest = centred.abs().amax()
     if largest > 0:
         centred = centred / largest
-    if rows is not None:
-        centred = centred[rows]
     norms = centred.norm(dim=1)
     first, second = torch.triu_indices(len(norms), len(norms), offset=1, device=norms.device)
     eps = torch.finfo(torch.float64).tiny  # only turns 0/0 into 0; anything larger would break scale invariance
@@ -119,45 +111,62 @@ class TemporalObjective:
 
     features: E [T, C], float32, finite, not all zero. projection: P [N, C], or None for P = 1.
     Where E does not vary over time the error is divided by ||E Pᵀ||²; a P that maps E to zero is taken as 1.
+    Of more than 128 steps, 128 evenly spaced ones stand for all, the first and the last among them.
     """
 
     def __init__(self, features: Tensor, projection: Tensor | None) -> None:
         self._features = features
         self._scale = features.abs().amax()  # errors are taken relative to it: squares stay inside float32
         self._energy, self._reference = _reference_energy(features / self._scale, projection)
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        self._rows = order[:_CORRELATION_ROWS].sort().values
-        self._distances = pair_distances(features, self._rows)
-        self._differs = adjacent_differences(features)
+        rows = torch.linspace(0, len(features) - 1, min(len(features), _SAMPLE_ROWS)).round().long()
+        self._sample = features[rows]
+        self._distances = pair_distances(self._sample)
+        self._differs = adjacent_differences(self._sample)
 
-    def __call__(self, quantized: Tensor, give_up_at: float = math.inf) -> float:
-        """The objective of Ê [T, C]; where the error alone reaches `give_up_at`, just the error, a lower bound of it.
-
-        TDC is estimated from a fixed random choice of steps where there are very many.
-        """
-        error = self.projected_error(quantized)
+    def __call__(self, quantizer: Callable[[Tensor], Tensor], give_up_at: float = math.inf) -> float:
+        """The objective of E -> Ê [T, C]; where the error alone reaches `give_up_at`, just the error, a lower bound."""
+        quantized = quantizer(self._sample)
+        error = self._projected_error(self._sample, quantized)
         if error >= give_up_at:
             return error
-        correlation = distance_correlation(self._distances, pair_distances(quantized, self._rows))
-        return error + _penalty(correlation, _share(self._differs & (quantized[1:] == quantized[:-1])))
+        correlation = distance_correlation(self._distances, pair_distances(quantized))
+        return error + _penalty(correlation, self._collisions(quantized))
 
-    def report(self, quantized: Tensor) -> dict[str, float]:
-        """The "objective" of Ê [T, C], TDC over all pairs, and its parts; "td_score" is that of the features."""
-        error = self.projected_error(quantized)
-        correlation = td_correlation(self._features, quantized)
-        collisions = collision_rate(self._features, quantized)
+    def report(self, quantizer: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The "objective" of E -> Ê [T, C] and its parts: "projected_error" (of all steps), "tdc", "col", and "tdr".
+
+        "td_score" is that of the features.
+        """
+        error = self._projected_error(self._features, quantizer(self._features))
+        quantized = quantizer(self._sample)
+        distances = pair_distances(quantized)
+        correlation, collisions = distance_correlation(self._distances, distances), self._collisions(quantized)
         return {
             "objective": error + _penalty(correlation, collisions),
-            "td_score": td_score(self._features),
-            "tdr": td_ratio(self._features, quantized),
+            "td_score": _score(self._distances),
+            "tdr": _ratio(_score(self._distances), _score(distances)),
             "tdc": correlation,
             "col": collisions,
             "projected_error": error,
         }
 
-    def projected_error(self, quantized: Tensor) -> float:
-        """||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||² of Ê [T, C]."""
-        return self._energy((quantized - self._features) / self._scale) / self._reference
+    def _collisions(self, quantized: Tensor) -> float:
+        return _share(self._differs & (quantized[1:] == quantized[:-1]))
+
+    def _projected_error(self, features: Tensor, quantized: Tensor) -> float:
+        """||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||², both per step: of some of the steps it is an estimate of that of all."""
+        error = self._energy((quantized - features) / self._scale) / len(features)
+        return error / (self._reference / len(self._features))
+
+
+def _score(distances: Tensor) -> float:
+    return distances.mean().item() if len(distances) else 0.0
+
+
+def _ratio(before: float, after: float) -> float:
+    if before == 0.0:
+        return 1.0 if after == 0.0 else math.inf
+    return after / before
 
 
 def _penalty(correlation: float, collisions: float) -> float:

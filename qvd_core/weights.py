@@ -5,12 +5,15 @@ Weights are [N, K] (linear) or [N, C, kh, kw] (convolution); "input channel" is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qvd_core import rounding
 from qvd_core.ops.semantics import code_limit
+from qvd_core.rotation import hadamard
 
 # Shares of max|w| tried as clipping points below 8 bits, where a smaller step can pay for clipped tails.
 _CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -28,29 +31,44 @@ class QuantizedWeight:
         return self.codes.float() * self.scale
 
 
-def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, bits: int, rows: Tensor | None = None) -> QuantizedWeight:
     """Symmetric codes per output channel; the scale is max|w| / q_max, below 8 bits the least-squares clip of a grid.
 
     weight: float [N, ...]. An all-zero channel gets scale 1 and codes 0. METHOD 3.6 [O].
+    rows: float32 [S, K], a sample of the layer's input, K as in weight.flatten(1): then the rounding is error-
+    compensating and the clip of each channel the one with the least output error. Raises QVDError on unusable rows.
     """
     weight = weight.float()
     limit = code_limit(bits)
     peak = weight.abs().flatten(1).amax(dim=1).view(-1, *[1] * (weight.dim() - 1))
     full = peak / limit
     full = torch.where(full > 0, full, torch.ones_like(full))
-    if bits >= 8:
-        return QuantizedWeight(_encode(weight, full, limit), full)
-    best_scale, best_error = full, torch.full_like(full, torch.inf)
-    for share in _CLIP_SHARES:
-        scale = full * share
-        error = (_encode(weight, scale, limit).float() * scale - weight).square().flatten(1).sum(dim=1).view_as(full)
-        best_scale = torch.where(error < best_error, scale, best_scale)
-        best_error = torch.minimum(error, best_error)
-    return QuantizedWeight(_encode(weight, best_scale, limit), best_scale)
+    scales = [full if share == 1.0 else full * share for share in (_CLIP_SHARES if bits < 8 else (1.0,))]
+    nearest = _nearest(weight, scales, limit)
+    if rows is None:
+        return nearest
+    codes, scale = rounding.compensate(
+        weight.flatten(1),
+        nearest.codes.flatten(1),
+        nearest.scale.flatten(1),
+        [candidate.flatten(1) for candidate in scales],
+        rows,
+        limit,
+    )
+    return QuantizedWeight(codes.view(weight.shape), scale.view(full.shape))
 
 
-def _encode(weight: Tensor, scale: Tensor, limit: int) -> Tensor:
-    return (weight / scale).round().clamp(-limit, limit).to(torch.int8)
+def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> QuantizedWeight:
+    """Nearest codes at the scale of least squared weight error, per output channel."""
+    best_scale = scales[0]
+    if len(scales) > 1:
+        best_error = torch.full_like(best_scale, torch.inf)
+        for scale in scales:
+            rounded = rounding.nearest_codes(weight, scale, limit).float() * scale
+            error = (rounded - weight).square().flatten(1).sum(dim=1).view_as(scale)
+            best_scale = torch.where(error < best_error, scale, best_scale)
+            best_error = torch.minimum(error, best_error)
+    return QuantizedWeight(rounding.nearest_codes(weight, best_scale, limit), best_scale)
 
 
 def per_input_channel(values: Tensor, weight: Tensor) -> Tensor:
@@ -70,20 +88,33 @@ def fold_transform(
     scale: Tensor,
     mean: Tensor | None,
     bits: int,
+    rows: Tensor | None = None,
+    rotation: int = 0,
 ) -> tuple[QuantizedWeight, Tensor]:
-    """Fold x~ = (x - shift) / scale into a layer and quantize it: y = x~ @ W~q^T + bias^ .
+    """Fold x~ = H (x - shift) / scale into a layer and quantize it: y = x~ @ W~q^T + bias^, W~ = W diag(scale) H.
 
-    weight float [N, K(, kh, kw)], bias [N] or None; shift, scale float32 [K]. With `mean` [K] (E[x]) the bias also
-    cancels the mean effect of the weight's rounding: bias^ = b + W E[x] + W~q (shift - E[x]) / scale.
-    Without it bias^ = b + W shift. Both are exact when weights are not rounded. METHOD 3.5 [R], 3.7 [O].
-    Returns the quantized W * scale and bias^ float32 [N].
+    weight float [N, K(, kh, kw)], bias [N] or None; shift, scale float32 [K]. H rotates each `rotation` consecutive
+    input channels (`rotation.hadamard`; 0: not at all). With `mean` [K] (E[x]) the bias also cancels the mean effect
+    of the weight's rounding: bias^ = b + W E[x] + W~q H (shift - E[x]) / scale. Without it bias^ = b + W shift. Both
+    are exact when weights are not rounded. METHOD 3.5 [R], 3.7 [O].
+    rows: float32 [S, K(* kh * kw)], a sample of x~ for error-compensating rounding; None rounds to nearest.
+    Returns the quantized W~ and bias^ float32 [N]. Raises QVDError on unusable rows or rotation.
     """
     weight = weight.float()
-    quantized = quantize_weight(weight * per_input_channel(scale, weight), bits)
+    transformed = hadamard(weight * per_input_channel(scale, weight), rotation, dim=1)
     center = shift if mean is None else mean
     folded = sum_over_inputs(weight, center)
-    if mean is not None:
-        folded = folded + sum_over_inputs(quantized.dequantize(), (shift.double() - mean.double()) / scale.double())
+    if mean is None:
+        quantized = quantize_weight(transformed, bits, rows)
+    else:
+        offset = hadamard((shift.double() - mean.double()) / scale.double(), rotation)
+        if rows is not None:
+            # The bias makes good what rounding does to the mean of x~, -offset: only the spread around it counts.
+            taps = weight[0, 0].numel()
+            rounding.check_width(rows, len(offset) * taps)
+            rows = rows + offset.to(rows).repeat_interleave(taps)
+        quantized = quantize_weight(transformed, bits, rows)
+        folded = folded + sum_over_inputs(quantized.dequantize(), offset)
     if bias is not None:
         folded = folded + bias.double()
     return quantized, folded.float()

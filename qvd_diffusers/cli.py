@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from qvd_core.errors import QVDError
 from qvd_core.quality import psnr, ssim
+from qvd_core.spec import Activation, Rounding
 from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
 from qvd_diffusers.listing import describe, megabytes, read_json, recorded_method, table
 from qvd_diffusers.pipeline import calibrate
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(command)
     _add_settings(command)
     command.add_argument("--component", help="which denoiser, where the pipeline has several")
+    command.add_argument("--sensitivity", action="store_true", default=None, help="measure every layer's end effect")
     command.add_argument("--no-cache", action="store_true", help="calibrate anew and keep nothing in the cache")
     command.add_argument("--out", required=True, type=Path, help="scales file to write, e.g. scales.safetensors")
 
@@ -107,7 +109,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="default", help="settings to start from")
     parser.add_argument("--weight-bits", type=int, metavar="BITS", help="4 to 8")
     parser.add_argument("--activation-bits", type=int, metavar="BITS", help="4 to 8")
-    parser.add_argument("--activation", choices=["token", "static"], help="activation scales: measured or calibrated")
+    parser.add_argument("--activation", choices=get_args(Activation), help="activation scales: measured or calibrated")
+    parser.add_argument("--rounding", choices=get_args(Rounding), help="how weights are rounded")
+    parser.add_argument("--rotate", action="store_true", default=None, help="let the search try rotated channels")
+    parser.add_argument("--portable", action="store_true", default=None, help="fold shift and scale into other layers")
+    parser.add_argument(
+        "--auto-keep",
+        type=float,
+        metavar="AMOUNT",
+        help="keep the most sensitive layers: a share of the weights, or dB",
+    )
 
 
 def run_calibrate(options: argparse.Namespace) -> None:
@@ -128,6 +139,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         component=options.component,
         seed=options.seed,
         cache=not options.no_cache,
+        sensitivity=options.sensitivity,
         **call,
     )
     scales.save(options.out)
@@ -210,7 +222,8 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def config_of(options: argparse.Namespace, **loading: Any) -> QVDConfig:
     """The preset with the settings that were given."""
-    given = {name: getattr(options, name) for name in ("weight_bits", "activation_bits", "activation")}
+    names = ("weight_bits", "activation_bits", "activation", "rounding", "rotate", "portable", "auto_keep")
+    given = {name: getattr(options, name) for name in names}
     return PRESETS[options.preset](**{name: value for name, value in given.items() if value is not None}, **loading)
 
 

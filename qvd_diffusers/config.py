@@ -64,12 +64,17 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     weight_bits: int = 8
     activation_bits: int = 8
     activation: str = "token"
+    buckets: int = 8
     shift: bool = True
     scale: str = "search"
+    range: str = "search"
+    rotate: bool = False
+    rounding: str = "auto"
     temporal: str = "table"
     temporal_quantizer: str = "auto"
     bias_correction: bool = True
     portable: bool = False
+    auto_keep: float | None = None
     modules_to_not_convert: Sequence[str] | None = None
     backend: str = "auto"
     scales: Scales | str | os.PathLike[str] | None = None
@@ -101,14 +106,17 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
     @classmethod
     def paper(cls, **overrides: Any) -> QVDConfig:
-        """QVD as we reconstruct it: static 8-bit activations, shift and integrated range, power-of-two temporal codes.
+        """QVD as we reconstruct it: static activations per video frame, shift and one integrated range, power-of-two
+        temporal codes, plain rounding.
 
         Needs calibrated scales. Not the most accurate choice: `log2` codes do not get finer with more bits.
         """
         recipe: dict[str, Any] = {
-            "activation": "static",
+            "activation": "static_frame",
             "shift": True,
-            "scale": "search",
+            "scale": "threshold",
+            "range": "minmax",
+            "rounding": "nearest",
             "temporal_quantizer": "log2",
             "bias_correction": False,
         }
@@ -121,18 +129,12 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
     @classmethod
     def best(cls, **overrides: Any) -> QVDConfig:
-        """The most accurate choice: dynamic scales on top of a calibrated shift and scale.
+        """The most accurate choice, at the price of some time while calibrating, loading and sampling.
 
-        It equals the default today and needs `scales` to be better than data-free.
+        Dynamic scales on top of a calibrated shift, scale and rotation, and error-compensating rounding. Needs
+        calibrated scales.
         """
-        recipe: dict[str, Any] = {
-            "activation": "token",
-            "shift": True,
-            "scale": "search",
-            "temporal": "table",
-            "temporal_quantizer": "auto",
-            "bias_correction": True,
-        }
+        recipe: dict[str, Any] = {"activation": "token", "rotate": True, "rounding": "gptq"}
         return cls(**{**recipe, **overrides})
 
     def copy(self) -> QVDConfig:

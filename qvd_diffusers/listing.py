@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qvd_core.errors import QVDError
-from qvd_core.plan import LayerPlan, plan_from_dict
+from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_list
 from qvd_core.scales import Scales
 from qvd_diffusers.config import DENOISERS, QVDConfig
 from qvd_diffusers.streaming import split_name
@@ -76,7 +76,7 @@ def describe_model(folder: Path) -> str:
     total = sum(stored.bytes for stored in tensors.values())
     # What the same model takes in full precision: the weights of the plan in float32, without the added tensors.
     added = {name for name in tensors if split_name(name)[0] in plan and split_name(name)[1] not in ("weight", "bias")}
-    full = sum(4 * stored.elements for name, stored in tensors.items() if name not in added)
+    full = sum(4 * _float_elements(name, stored, plan) for name, stored in tensors.items() if name not in added)
     kinds = Counter(layer.kind for layer in plan.values())
     summary = (
         f"{folder}: {config!r}\n"
@@ -87,13 +87,19 @@ def describe_model(folder: Path) -> str:
     return f"{table(('layer', 'kind', 'weight', 'beside it', 'bytes'), rows)}\n{summary}"
 
 
+def _float_elements(name: str, stored: Stored, plan: Mapping[str, LayerPlan]) -> int:
+    """Elements of the float tensor behind a stored one: a packed weight holds two codes per byte."""
+    packed = stored.dtype == "U8" and split_name(name)[1] == "weight" and split_name(name)[0] in plan
+    return stored.elements * (2 if packed else 1)
+
+
 def _layer_row(name: str, layer: LayerPlan, tensors: Mapping[str, Stored], own: Sequence[Stored]) -> tuple[str, ...]:
     weight = tensors.get(f"{name}.weight")
     if weight is None:
         raise QVDError(f"config.json plans layer {name}, the weights file has no {name}.weight: it is incomplete.")
     shape = "x".join(map(str, weight.shape))
     size = sum(stored.bytes for stored in own)
-    return (name, layer.kind, f"{weight.dtype} {shape}", ", ".join(layer.tensors) or "-", str(size))
+    return (name, layer.kind, f"{weight.dtype} {shape}", ", ".join(plan_to_list(layer)[1:]) or "-", str(size))
 
 
 def describe_scales(scales: Scales) -> str:

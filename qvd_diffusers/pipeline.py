@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 import qvd_core
 from qvd_core.cache import ScaleCache, cache_key
-from qvd_core.calibrate import calibrate_model, check_finite, model_fingerprint
+from qvd_core.calibrate import calibrate_model
+from qvd_core.checks import check_finite
 from qvd_core.errors import QVDError
-from qvd_core.fingerprint import structure_fingerprint, weight_probe
+from qvd_core.fingerprint import content_fingerprint, structure_fingerprint, weight_probe
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import QVDConfig
@@ -28,7 +29,7 @@ from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, mod
 
 logger = logging.getLogger(__name__)
 
-KEY_VERSION = 3
+KEY_VERSION = 4
 """Part of every cache key beside the release; raised when calibration finds something else for the same input."""
 
 
@@ -41,6 +42,7 @@ def calibrate(
     seed: int = 0,
     cache: bool | str | Path | ScaleCache = True,
     progress: bool = True,
+    sensitivity: bool | None = None,
     **call: Any,
 ) -> Scales:
     """Sample with a full-precision pipeline and find the quantization scales of its denoiser.
@@ -51,6 +53,8 @@ def calibrate(
     component: which denoiser, where the pipeline has several.
     cache: False to calibrate anew and keep nothing; a folder or a `ScaleCache` to use instead of the default.
     progress: show a progress bar and say when cached scales were used.
+    sensitivity: also measure what each layer, quantized alone, does to the denoiser's output; default: when the config
+        has `auto_keep`.
     call: the other arguments of the pipeline call. Use those you will sample with: all steps and both guidance branches
         are observed, so size, number of steps and guidance should be the real ones.
 
@@ -59,7 +63,8 @@ def calibrate(
     spec = _spec_of(config)
     model = find_denoiser(pipe, component)
     _refuse_recorded_quantization(model)
-    job = _Job(pipe, model, spec, prompts, seed, call)
+    measured = spec.auto_keep is not None if sensitivity is None else sensitivity
+    job = _Job(pipe, model, spec, prompts, seed, call, measured)
     _check_weights(model)
     store = _cache_of(cache)
     key = job.key() if store is not None else None
@@ -69,7 +74,7 @@ def calibrate(
             _say(f"Using cached scales {store.path(key)} (calibrated on {job.size()}).", progress)
             return found
     with _SearchBar(progress) as bar:
-        scales = calibrate_model(model, job.runner(progress), spec, bar.show, job.description())
+        scales = calibrate_model(model, job.runner(progress), spec, bar.show, job.description(), measured)
     if store is not None and key is not None:
         store.store(key, scales)
     return scales
@@ -85,6 +90,7 @@ class _Job:
     prompts: Any
     seed: int
     call: Mapping[str, Any]
+    sensitivity: bool
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -136,12 +142,13 @@ class _Job:
         return cache_key(
             {
                 "version": [KEY_VERSION, qvd_core.__version__],
-                "model": model_fingerprint(self.model),
+                "model": content_fingerprint(self.model),
                 "pipeline": _surroundings(self.pipe, self.model),
                 "spec": self.spec.to_dict(),
                 "prompts": self.prompts,
                 "call": call,
                 "seed": self.seed,
+                "sensitivity": self.sensitivity,
             }
         )
 
@@ -232,7 +239,10 @@ class _SearchBar:
             self._bar.close()
 
     def show(self, done: int, total: int, layer: str) -> None:
-        """Called by `calibrate_model` before each layer and at the end."""
+        """Called by `calibrate_model` before each layer and at the end, once per search."""
+        if self._bar is not None and (self._bar.total != total or done < self._bar.n):  # the next search
+            self._bar.close()
+            self._bar = None
         if self._bar is None:
             self._bar = tqdm(total=total, desc="Searching scales", unit="layer", disable=not self._shown)
         self._bar.set_postfix_str(layer, refresh=False)

@@ -19,11 +19,12 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from qvd_core.calibrate import check_finite
+from qvd_core.checks import check_finite
 from qvd_core.convert import dequantize_model, fit_temporal_layers, install_layers
+from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.layers import FLOAT32_BUFFERS, QuantizedLayer
-from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict
+from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
@@ -32,6 +33,7 @@ from qvd_diffusers.streaming import (
     Encoder,
     check_stored_values,
     enumerate_names,
+    expect_float_weights,
     matching,
     place,
     place_encoded,
@@ -118,6 +120,8 @@ class QVDQuantizer(DiffusersQuantizer):
         else:
             self._prepare_encoder(model)
         install_layers(model, self._plan, self.spec, self._dtype)
+        if self._encoder is not None:
+            expect_float_weights(model)
         self._check_names(model)
         self._outstanding = set(self._in_checkpoint) & set(model.state_dict())
 
@@ -141,10 +145,11 @@ class QVDQuantizer(DiffusersQuantizer):
             scales = Scales.load(Path(scales))
         if scales is not None:
             _warn_of_other_settings(scales.spec, self.spec)
-        self._plan = plan_layers(model, self.spec, scales)
+        encoding = Encoding.of(model, self.spec, scales)
+        self._plan = dict(encoding.plan)
         modules = dict(model.named_modules())
         with_bias = frozenset(name for name in self._plan if modules[name].bias is not None)
-        self._encoder = Encoder(self._plan, self.spec, scales, with_bias)
+        self._encoder = Encoder(encoding, with_bias)
 
     def _check_names(self, model: nn.Module) -> None:
         """Compare the names in the checkpoint with those the skeleton needs, before a byte of weights is read."""
@@ -208,6 +213,7 @@ class QVDQuantizer(DiffusersQuantizer):
         if layer not in self._plan:
             if self._encoder is not None:
                 check_finite(param_name, stored)
+                param_value = self._encoder.encoding.edit(param_name, param_value)
             else:
                 check_stored_values(stored, param_name)
             place(module, suffix, param_value, target_device)
@@ -268,4 +274,14 @@ def _warn_of_other_settings(calibrated: QuantSpec, wanted: QuantSpec) -> None:
         )
 
 
-_SEARCHED_FOR = ("weight_bits", "activation_bits", "activation", "shift", "scale", "temporal_quantizer", "portable")
+_SEARCHED_FOR = (
+    "weight_bits",
+    "activation_bits",
+    "activation",
+    "shift",
+    "scale",
+    "range",
+    "rotate",
+    "temporal_quantizer",
+    "portable",
+)

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qvd_core.convert import encode_layer
+from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
-from qvd_core.plan import LayerPlan
-from qvd_core.scales import Scales
-from qvd_core.spec import QuantSpec
 
 Device = torch.device | str | int
 
@@ -27,12 +24,10 @@ Device = torch.device | str | int
 class Encoder:
     """Quantizes a layer once its float tensors are complete.
 
-    plan, spec, scales: as for `encode_layer`. with_bias: the planned layers whose float version has a bias.
+    encoding: how the model is quantized. with_bias: the planned layers whose float version has a bias.
     """
 
-    plan: Mapping[str, LayerPlan]
-    spec: QuantSpec
-    scales: Scales | None
+    encoding: Encoding
     with_bias: frozenset[str]
     waiting: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -50,7 +45,7 @@ class Encoder:
             if arrived.keys() != self.float_tensors(layer):
                 return None
             del self.waiting[layer]
-        return encode_layer(layer, self.plan[layer], arrived["weight"], arrived.get("bias"), self.spec, self.scales)
+        return self.encoding.encode(layer, arrived["weight"], arrived.get("bias"))
 
     def float_tensors(self, layer: str) -> set[str]:
         """The tensors the float version of a layer has in the checkpoint."""
@@ -90,7 +85,19 @@ def place_encoded(module: QuantizedLayer, name: str, tensors: Mapping[str, Tenso
     """Fill a quantized layer with the result of `encode_layer`; the codebook of a temporal layer may come later."""
     empty = stored_tensors(module)
     for suffix, value in tensors.items():
-        place(module, suffix, matching(value, empty[suffix], f"{name}.{suffix}"), device)
+        fitting = value if suffix == "weight" else matching(value, empty[suffix], f"{name}.{suffix}")
+        place(module, suffix, fitting, device)
+
+
+def expect_float_weights(model: nn.Module) -> None:
+    """Give every empty quantized layer a weight of the float weight's shape until its codes are there.
+
+    diffusers compares each tensor that arrives with the skeleton, and packed 4-bit codes have another shape.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            codes = torch.empty(module.weight_shape, dtype=torch.int8, device="meta")
+            module.weight = nn.Parameter(codes, requires_grad=False)
 
 
 def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:

@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qvd_core.families.patterns import matches
+
+FoldKind = Literal["norm", "value", "gate", "table", "modulation"]
+FrameOrder = Literal["major", "minor"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One place where SCRI's shift z and scale s move into what computes the input of some layers. METHOD section 3.
+
+    kind:
+        "norm": affine LayerNorm, GroupNorm or RMSNorm: gamma / s, (beta - z) / s.
+        "value": value projections of plain softmax attention, whose weights sum to 1: W / s, (b - z) / s.
+        "gate": the linear branch (first half of the rows) of a GEGLU or SwiGLU projection: W / s, b / s.
+        "table": one row of a static modulation table that is added to shared features: row - z.
+        "modulation": the linear that gives a norm its own shift and scale: the rows of the shift W / s, (b - z) / s,
+            the rows of the scale, which acts as 1 + scale, W / s, (b + 1) / s - 1 [O].
+    parent: pattern of the module below which the other names lie.
+    producers: modules (the parameter, for "table") that together compute the input; all must be there.
+    consumers: every layer that reads it. One left out makes the fold wrong; one that a model lacks does no harm.
+    addends: producers of a second term of the input: they take the scale, but the shift must not be taken off twice.
+    sections: for "table" and "modulation", (shift row, scale row), counted in blocks of the input's channels.
+    scale: False where something that does not scale along is added after the producer (positional embeddings).
+    leading: the producers give only the first channels of the input; the rest comes from elsewhere.
+    """
+
+    kind: FoldKind
+    parent: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    addends: tuple[str, ...] = ()
+    sections: tuple[tuple[int | None, int | None], ...] = ()
+    scale: bool = True
+    leading: bool = False
 
 
 @dataclass(frozen=True)
@@ -17,10 +51,18 @@ class Family:
     temporal: projections of the timestep embedding (M = batch): int8 weights, HTDQ features.
     temporal_features: modules to call one after the other on a timestep `[T]` to get the input of the temporal
         projections `[T, C]`; empty where the embedding also holds text, fps or guidance.
-    shared_inputs: (parent pattern, child names): linears below one parent that read the same tensor.
+    other_conditions: modules that add such terms in some models of the family; where one exists, `find_family` gives
+        the family without temporal_features.
+    shared_inputs: (parent pattern, names below it): linears below one parent that read the same tensor.
     prompt_inputs: layers that read the text (or image) condition. Their ranges belong to the prompt, which no
         calibration can foresee, and they see few tokens: they keep dynamic scales when everything else is static.
     timestep_argument: name of the denoiser's forward argument that holds the timestep.
+    sample_argument: name of the one that holds the latents, batch first.
+    frames_dim: which dimension of the latents counts the frames; None where the latents come as a flat sequence.
+    frame_order: (layer pattern, order), first match counts: the frame of row m of the M flattened input rows of a
+        layer (of a convolution: its pixels), for B latents of F frames. "major": (m // (M / (B * F))) % F;
+        "minor": m % F. Layers without a match mix text in, or were not looked at.
+    folds: where shift and scale can move into the producer of a layer's input.
     """
 
     name: str
@@ -28,9 +70,14 @@ class Family:
     keep: tuple[str, ...]
     temporal: tuple[str, ...] = ()
     temporal_features: tuple[str, ...] = ()
+    other_conditions: tuple[str, ...] = ()
     shared_inputs: tuple[tuple[str, tuple[str, ...]], ...] = ()
     prompt_inputs: tuple[str, ...] = ()
     timestep_argument: str = "timestep"
+    sample_argument: str = "hidden_states"
+    frames_dim: int | None = None
+    frame_order: tuple[tuple[str, FrameOrder], ...] = ()
+    folds: tuple[Fold, ...] = ()
     minimum_features: int = 1
 
     def keeps(self, layer: str) -> bool:
@@ -44,8 +91,15 @@ class Family:
 
     def input_group(self, layer: str) -> str:
         """A name shared by exactly the layers that read the same input as `layer`."""
-        parent, _, child = layer.rpartition(".")
         for pattern, children in self.shared_inputs:
-            if child in children and matches(parent, (pattern,)):
-                return f"{parent}.{'+'.join(children)}"
+            for child in children:
+                parent = layer.removesuffix(f".{child}")
+                if parent != layer and matches(parent, (pattern,)):
+                    return f"{parent}.{'+'.join(children)}"
         return layer
+
+    def frame_order_of(self, layer: str) -> FrameOrder | None:
+        """How the rows of a layer's input run over the frames; None where that is unknown or frames mean nothing."""
+        if self.frames_dim is None or self.reads_prompt(layer) or self.is_temporal(layer) or self.keeps(layer):
+            return None
+        return next((order for pattern, order in self.frame_order if matches(layer, (pattern,))), None)

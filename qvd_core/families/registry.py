@@ -1,55 +1,19 @@
-"""The registry: one data entry per family, and the rule for models no entry knows."""
+"""The registry: every family entry, and the rule for models no entry knows."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from qvd_core.errors import QVDError
 from qvd_core.families.family import Family
+from qvd_core.families.transformers import COGVIDEOX, HUNYUAN_VIDEO, LTX_VIDEO, MOCHI, WAN
+from qvd_core.families.unets import ANIMATEDIFF, SVD
 
 logger = logging.getLogger(__name__)
 
-WAN = Family(
-    name="Wan",
-    classes=("WanTransformer3DModel",),
-    keep=(
-        "patch_embedding",
-        "condition_embedder.time_embedder.**",
-        "condition_embedder.text_embedder.**",
-        "condition_embedder.image_embedder.**",
-        "proj_out",
-    ),
-    temporal=("condition_embedder.time_proj",),
-    temporal_features=(
-        "condition_embedder.timesteps_proj",
-        "condition_embedder.time_embedder",
-        "condition_embedder.act_fn",
-    ),
-    shared_inputs=(
-        ("blocks.*.attn1", ("to_q", "to_k", "to_v")),
-        ("blocks.*.attn2", ("to_k", "to_v")),
-        ("blocks.*.attn2", ("add_k_proj", "add_v_proj")),
-    ),
-    prompt_inputs=tuple(f"blocks.*.attn2.{layer}" for layer in ("to_k", "to_v", "add_k_proj", "add_v_proj")),
-)
-
-ANIMATEDIFF = Family(
-    name="AnimateDiff",
-    classes=("UNetMotionModel",),
-    keep=("conv_in", "conv_out", "time_embedding.**", "add_embedding.**", "encoder_hid_proj.**"),
-    temporal=("**.time_emb_proj",),
-    temporal_features=("time_proj", "time_embedding", "mid_block.resnets.0.nonlinearity"),
-    shared_inputs=(
-        ("**.motion_modules.*.transformer_blocks.*.attn1", ("to_q", "to_k", "to_v")),
-        ("**.motion_modules.*.transformer_blocks.*.attn2", ("to_q", "to_k", "to_v")),
-        ("**.attentions.*.transformer_blocks.*.attn1", ("to_q", "to_k", "to_v")),
-        ("**.attentions.*.transformer_blocks.*.attn2", ("to_k", "to_v")),
-    ),
-    prompt_inputs=tuple(f"**.attentions.*.transformer_blocks.*.attn2.{layer}" for layer in ("to_k", "to_v")),
-)
-
-FAMILIES: tuple[Family, ...] = (WAN, ANIMATEDIFF)
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, LTX_VIDEO, COGVIDEOX, MOCHI, ANIMATEDIFF, SVD)
 
 GENERIC_MINIMUM_FEATURES = 64
 GENERIC = Family(name="generic", classes=(), keep=(), minimum_features=GENERIC_MINIMUM_FEATURES)
@@ -61,9 +25,15 @@ _NOT_VIDEO_SUFFIXES = ("2DModel", "TextModel", "TextEncoder", "VisionModel", "En
 
 
 def find_family(model: Any) -> Family | None:
-    """The family of a model or of a class name; None when no entry knows it."""
+    """The family of a model or of a class name; None when no entry knows it.
+
+    For a model whose timestep embedding also holds other conditions: its family without temporal_features.
+    """
     name = _class_name(model)
-    return next((family for family in FAMILIES if name in family.classes), None)
+    family = next((family for family in FAMILIES if name in family.classes), None)
+    if family is not None and any(getattr(model, part, None) is not None for part in family.other_conditions):
+        return replace(family, temporal_features=())
+    return family
 
 
 def family_or_generic(model: Any) -> Family:

@@ -1,6 +1,6 @@
 """The int8 operators, as `torch.library` ops with shape functions, over exchangeable backends.
 
-    quantize_activation(x, shift, scale, static_step, bits)       -> codes int8, step float32
+    quantize_activation(x, shift, scale, static_step, bits, rotation)  -> codes int8, step float32
     int8_linear(codes, step, weight, weight_scale, bias, dtype)    -> y
     int8_conv2d(codes, step, weight, weight_scale, bias, ...)      -> y
 
@@ -22,7 +22,8 @@ _BACKENDS: dict[str, ModuleType] = {"emulated": emulated, "reference": reference
 
 _library = torch.library.Library("qvd", "DEF")  # type: ignore[no-untyped-call]
 for _signature in (
-    "quantize_activation(Tensor x, Tensor? shift, Tensor? scale, Tensor? static_step, int bits) -> (Tensor, Tensor)",
+    "quantize_activation(Tensor x, Tensor? shift, Tensor? scale, Tensor? static_step, int bits, int rotation) "
+    "-> (Tensor, Tensor)",
     "int8_linear(Tensor codes, Tensor step, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "ScalarType dtype, str backend) -> Tensor",
     "int8_conv2d(Tensor codes, Tensor step, Tensor weight, Tensor weight_scale, Tensor? bias, "
@@ -45,9 +46,9 @@ def resolve_backend(name: str = "auto") -> str:
 
 
 def _quantize_activation(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int, rotation: int
 ) -> tuple[Tensor, Tensor]:
-    x = semantics.transform(x, shift, scale)
+    x = semantics.transform(x, shift, scale, rotation)
     step = semantics.token_step(x, bits) if static_step is None else semantics.checked_step(x, static_step)
     return semantics.encode(x, step, bits), step
 
@@ -94,7 +95,7 @@ for _name, _function in (
 
 @torch.library.register_fake("qvd::quantize_activation", lib=_library)
 def _(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int, rotation: int
 ) -> tuple[Tensor, Tensor]:
     step = (
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) if static_step is None else torch.empty_like(static_step)
@@ -135,14 +136,15 @@ def _(
 
 
 def quantize_activation(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, bits: int, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Shift, scale and quantize the rows of x.
+    """Shift, scale, rotate and quantize the rows of x.
 
-    x [M, K], any float dtype. shift, scale float32 [K] or None (SCRI). static_step float32 [1], or None for one
-    dynamic step per row. Returns codes int8 [M, K] and step float32 [M, 1] (or [1]); a NaN in x makes its step NaN.
+    x [M, K], any float dtype. shift, scale float32 [K] or None (SCRI). static_step float32 [1] or one per row [M, 1],
+    or None for one dynamic step per row. rotation: channels per Hadamard block, 0 for none.
+    Returns codes int8 [M, K] and step float32 [M, 1] (or [1]); a NaN in x makes its step NaN.
     """
-    codes, step = torch.ops.qvd.quantize_activation(x, shift, scale, static_step, bits)
+    codes, step = torch.ops.qvd.quantize_activation(x, shift, scale, static_step, bits, rotation)
     return codes, step
 
 

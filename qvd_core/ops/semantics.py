@@ -1,6 +1,7 @@
 """What the int8 operators compute, said once in plain PyTorch.
 
-Quantize:  x~ = (x - shift) / scale in float32;  code = clamp(rint(x~ / step), -q_max, q_max), q_max = 2^(bits-1) - 1.
+Quantize:  x~ = (x - shift) / scale in float32, rotated where the layer is;
+           code = clamp(rint(x~ / step), -q_max, q_max), q_max = 2^(bits-1) - 1.
 Linear:    y = (sum_k code_mk * w_nk) * step_m * weight_scale_n + bias_n: an exact integer sum, then float32.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from qvd_core.rotation import hadamard
 
 # Below any useful activation step, far above float32's denormals: an all-zero token gets codes 0, not 0 / 0.
 MINIMUM_STEP = 1e-20
@@ -18,14 +21,17 @@ def code_limit(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def transform(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """SCRI's (x - shift) / scale in float32; x [..., K], shift and scale float32 [K] or None."""
+def transform(x: Tensor, shift: Tensor | None, scale: Tensor | None, rotation: int = 0) -> Tensor:
+    """SCRI's (x - shift) / scale in float32; x [..., K], shift and scale float32 [K] or None.
+
+    rotation: the size of the blocks of channels that are rotated afterwards, 0 for none.
+    """
     x = x.float()
     if shift is not None:
         x = x - shift
     if scale is not None:
         x = x / scale
-    return x
+    return hadamard(x, rotation) if rotation else x
 
 
 def token_step(x: Tensor, bits: int, dims: tuple[int, ...] = (-1,)) -> Tensor:
@@ -34,7 +40,7 @@ def token_step(x: Tensor, bits: int, dims: tuple[int, ...] = (-1,)) -> Tensor:
 
 
 def checked_step(x: Tensor, static_step: Tensor) -> Tensor:
-    """A static step [1] for x: its own copy, NaN where x holds NaN, which has no code and must not vanish in one."""
+    """Static steps for x, [1] or one per row: own copies, NaN where x holds NaN, which must not vanish in a code."""
     return torch.where(x.isnan().any(), torch.nan, static_step)
 
 

@@ -86,7 +86,7 @@ class TestSees:
         x = torch.randn(5, 64, requires_grad=True)
         with torch.enable_grad():
             scales = calibrate_model(model, lambda: model(x), CHEAP)
-        assert not any(tensor.requires_grad for tensor in vars(scales.layers["layers.1"]).values())
+        assert not any(tensor.requires_grad for tensor in scales.layers["layers.1"].tensors().values())
 
 
 class TestChooses:
@@ -134,7 +134,8 @@ class TestChooses:
         x = torch.randn(300, 64)
         one, two = (calibrate_model(model, lambda: model(x)) for _ in range(2))
         for name, layer in one.layers.items():
-            assert all(torch.equal(tensor, getattr(two.layers[name], key)) for key, tensor in vars(layer).items())
+            assert all(torch.equal(tensor, getattr(two.layers[name], key)) for key, tensor in layer.tensors().items())
+            assert layer.settings() == two.layers[name].settings()
         assert one.report == two.report
 
 

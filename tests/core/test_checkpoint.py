@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from qvd_core import QuantSpec, QVDError, Scales, load_checkpoint, quantize_model, save_checkpoint
 from qvd_core.checkpoint import plan_of
 from qvd_core.files import read_tensors, write_tensors
+from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import plan_layers
+from qvd_core.rotation import largest_block
 from tests.core.conftest import Denoiser, wan_model
+from tests.core.video_clock import with_buckets, with_frames
 
 Unchanged = Callable[[nn.Module], Callable[[], bool]]
 
@@ -34,6 +39,43 @@ def test_round_trip_is_bit_identical(denoiser: Denoiser, scales: Scales, calibra
     assert state.keys() == loaded.keys()
     assert all(torch.equal(state[name], loaded[name]) and state[name].dtype == loaded[name].dtype for name in state)
     assert torch.equal(denoiser.sample(model), denoiser.sample(again))
+
+
+SETTINGS = {
+    "bucket": QuantSpec(activation="static_bucket"),
+    "frame": QuantSpec(activation="static_frame"),
+    "W4-static": QuantSpec(weight_bits=4, activation="static"),
+    "W4-bucket-rotation": QuantSpec(weight_bits=4, activation="static_bucket", rotate=True),
+    "rotation": QuantSpec(rotate=True, shift=False),
+    "portable-frame": QuantSpec(portable=True, activation="static_frame"),
+}
+
+
+@pytest.mark.parametrize("spec", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_makes_the_trip(denoiser: Denoiser, scales: Scales, spec: QuantSpec, tmp_path: Path) -> None:
+    factors = (0.5, 1.0, 0.8)[: 3 if isinstance(denoiser.model, WanTransformer3DModel) else 2]
+    stepped = with_frames(with_buckets(scales, (0.6, 1.0, 0.8), (300.0, 700.0)), factors)
+    if spec.rotate:
+        stepped = _rotated(stepped)
+    model = quantize_model(denoiser.copy(), spec, stepped)
+    by = {layer.plan.steps_by for layer in model.modules() if isinstance(layer, QuantizedLayer)}
+    assert ("timestep" in by) == (spec.activation == "static_bucket")
+    assert ("major" in by) == (spec.activation == "static_frame")
+    again = load_checkpoint(denoiser.copy(), save_checkpoint(model, tmp_path / "model.safetensors"))
+    assert plan_of(again) == plan_of(model)
+    state, loaded = model.state_dict(), again.state_dict()
+    assert state.keys() == loaded.keys() and all(torch.equal(state[name], loaded[name]) for name in state)
+    assert torch.equal(denoiser.sample(model), denoiser.sample(again))
+
+
+def _rotated(scales: Scales) -> Scales:
+    return replace(
+        scales,
+        layers={
+            name: replace(layer, rotation=block if (block := largest_block(len(layer.input_shift))) >= 16 else 0)
+            for name, layer in scales.layers.items()
+        },
+    )
 
 
 def test_a_skeleton_on_meta_is_enough(wan: Denoiser, saved: Path) -> None:
@@ -69,6 +111,10 @@ def _edit(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor], d
         (lambda tensors, _: tensors.update({"blocks.0.attn1.to_q.weight": torch.zeros(1)}), "expected torch.int8"),
         (lambda tensors, _: tensors["blocks.0.attn1.to_q.weight_scale"].fill_(torch.nan), "NaN"),
         (lambda tensors, _: tensors["blocks.0.attn1.to_q.weight_scale"].fill_(-1.0), "positive"),
+        (lambda _, description: description["layers"]["blocks.0.attn1.to_q"].append("rotation:64"), "64 of its 32"),
+        (lambda _, description: description["layers"]["blocks.0.attn1.to_q"].append("steps:3:timestep"), "missing"),
+        (lambda _, description: description["layers"]["blocks.0.attn1.to_q"].append("steps:3:weekday"), "said to hold"),
+        (lambda _, description: description["spec"].update(weight_bits=4), "expected torch.uint8"),
         (lambda _, description: description.update(version=99), "update QVD"),
         (lambda _, description: description.update(kind="scales"), "not a checkpoint"),
         (lambda _, description: description.update(model_class="Other"), "holds a Other"),

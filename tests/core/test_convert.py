@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qvd_core import QuantSpec, QVDError, dequantize_model, quantize_model
+from qvd_core import QuantSpec, QVDError, convert, dequantize_model, quantize_model
 from qvd_core.convert import fit_temporal_layers, install_layers
 from qvd_core.layers import QuantizedLayer, QuantLinear
 from qvd_core.plan import LayerPlan, plan_layers
@@ -231,9 +232,9 @@ class TestNothingHalfChanged:
         before = copy.deepcopy(wan_scales)
         quantize_model(wan.copy(), STATIC, wan_scales)
         for name, layer in before.layers.items():
-            assert all(
-                torch.equal(tensor, getattr(wan_scales.layers[name], key)) for key, tensor in vars(layer).items()
-            )
+            after = wan_scales.layers[name]
+            assert all(torch.equal(tensor, getattr(after, key)) for key, tensor in layer.tensors().items())
+            assert layer.settings() == after.settings()
 
     @pytest.mark.parametrize(
         "plan",
@@ -248,3 +249,18 @@ class TestNothingHalfChanged:
                 model, {"blocks.0.attn1.to_k": LayerPlan("linear", ("bias",))} | plan, QuantSpec(), torch.float32
             )
         assert same()
+
+
+def test_float_weights_leave_memory_one_by_one(wan, wan_scales, monkeypatch):
+    """At no time are both models in memory: what is quantized already is not held by anyone."""
+    quantized_layer = convert.quantized_layer
+    weights: list[weakref.ref[Tensor]] = []
+
+    def watched(name, source, encoding):
+        assert not any(weight() is not None for weight in weights)
+        weights.append(weakref.ref(source.weight))
+        return quantized_layer(name, source, encoding)
+
+    monkeypatch.setattr(convert, "quantized_layer", watched)
+    quantize_model(wan.copy(), STATIC, wan_scales)
+    assert len(weights) > 10

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
+from contextlib import contextmanager
 from functools import partial
+from itertools import combinations, product
 
 import diffusers
 import pytest
@@ -11,11 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from qvd_core import QuantSpec, QVDError, find_family
 from qvd_core.families import FAMILIES, Family, family_or_generic
 from qvd_core.families.patterns import has_prefix, matches
 from qvd_core.plan import quantizable_layers
+from tests.core.folding import family_of, gemm_layers
+from tests.core.tiny_families import BATCH, FRAMES, TINY_FAMILIES, TinyFamily, tiny_family
 
 parts = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=5)
 
@@ -61,31 +68,57 @@ class TestPatterns:
         assert has_prefix(".".join(name), [".".join(prefix)]) == (name[: len(prefix)] == prefix)
 
 
-def inputs_read(denoiser, model, names, timestep=500) -> dict[str, set[tuple]]:
-    """What each layer of `model` reads in one call at a timestep: shape, sum and sum of squares of every input."""
+def inputs_read(tiny: TinyFamily, names, timestep=500.0, latents=None) -> dict[str, set[tuple]]:
+    """What each layer reads in one call: shape, sum and sum of squares of every input."""
     read: dict[str, set[tuple]] = {}
 
-    def remember(name, module, args, kwargs):
-        x = args[0] if args else kwargs["input"]
+    def remember(name, x):
         x = x.double()
         read.setdefault(name, set()).add((tuple(x.shape), float(x.sum()), float(x.square().sum())))
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(remember, name), with_kwargs=True) for name in names
-    ]
-    try:
-        with torch.no_grad():
-            denoiser.forward(model, timestep)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(tiny.model, names, remember), torch.no_grad():
+        tiny.call(tiny.model, tiny.latents if latents is None else latents, timestep)
     return read
 
 
-def gemm_layers(denoiser) -> list[str]:
-    family = find_family(denoiser.model)
-    layers = quantizable_layers(denoiser.model, family, QuantSpec())
-    return [name for name in layers if not family.is_temporal(name)]
+@contextmanager
+def watching(model, names, remember):
+    """Call `remember(name, input)` whenever one of the layers runs."""
+
+    def hook(name, module, args, kwargs):
+        remember(name, args[0] if args else kwargs["input"])
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def tiny(request) -> TinyFamily:
+    return tiny_family(request.param)
+
+
+# (layers that may go to int8, temporal projections among them) of the tiny models, counted by hand.
+LAYER_COUNTS = {
+    "wan": (2 * (4 + 4 + 2) + 1, 1),  # per block: two attentions and the FFN
+    "wan-image": (2 * (4 + 6 + 2) + 1, 1),
+    "hunyuan": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),  # dual: 8 + 4 and two norms; single: qkv, 2 proj, norm
+    "hunyuan-image": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),
+    "ltx": (2 * (4 + 4 + 2) + 1, 1),
+    "cogvideox": (2 * (4 + 2 + 2), 2 * 2),
+    "cogvideox-ofs": (2 * (4 + 2 + 2), 2 * 2),
+    "mochi": (2 * (8 + 4 + 2) + (7 + 2 + 2), 3 * 2),  # the last block ends the text stream
+    # 8 resnets of two convolutions and a projection, 5 shortcuts; 11 transformers: 2 proj, 8 attention, 2 ff; samplers
+    "animatediff": (8 * 3 + 5 + 11 * 12 + 2, 8),
+    "animatediff-linear": (8 * 3 + 5 + 11 * 12 + 2, 8),
+    # the same resnets with one more projection each (Conv3d stays); 4 transformers of a spatial and a temporal block
+    "svd": (8 * 4 + 5 + 4 * (2 + 10 + 12) + 2, 16),
+}
 
 
 class TestEntries:
@@ -93,81 +126,151 @@ class TestEntries:
         for family in FAMILIES:
             assert all(hasattr(diffusers, name) for name in family.classes)
 
+    def test_every_entry_is_tested(self):
+        assert {family_of(tiny_family(name)).name for name in TINY_FAMILIES} == {family.name for family in FAMILIES}
+
     def test_found_by_model_and_by_name(self, wan):
         assert find_family(wan.model) is find_family("WanTransformer3DModel")
         assert find_family("WanTransformer3DModel").name == "Wan"
         assert find_family("UNetMotionModel").name == "AnimateDiff"
         assert find_family("Unheard") is None and find_family(nn.Linear(2, 2)) is None
 
-    def test_layers_that_share_an_input_are_exactly_those_grouped(self, denoiser):
+    def test_layers_that_share_an_input_are_exactly_those_grouped(self, tiny):
         """The claim a shared transform stands on, checked on the tensors that the layers read."""
-        family, names = find_family(denoiser.model), gemm_layers(denoiser)
-        read = inputs_read(denoiser, denoiser.model, names)
+        family, names = family_of(tiny), gemm_layers(tiny.model, family_of(tiny))
+        read = inputs_read(tiny, names)
         claimed: dict[str, set[str]] = {}
         for name in names:
             claimed.setdefault(family.input_group(name), set()).add(name)
-        assert max(map(len, claimed.values())) == 3
+        assert max(map(len, claimed.values())) >= 3
         for group in claimed.values():
             assert len({frozenset(read[name]) for name in group}) == 1, group
-        # Within one parent module nothing that reads the same tensor is left apart.
-        for name in names:
-            parent = name.rpartition(".")[0]
-            for other in names:
-                if other.rpartition(".")[0] == parent and read[name] == read[other]:
-                    assert family.input_group(name) == family.input_group(other), (name, other)
+        # Within one block nothing that reads the same tensor is left apart, but for the prompt, which all blocks read.
+        for name, other in combinations(names, 2):
+            if read[name] == read[other] and not (family.reads_prompt(name) and family.reads_prompt(other)):
+                assert family.input_group(name) == family.input_group(other), (name, other)
 
-    def test_layers_that_read_the_prompt_are_exactly_those_named(self, denoiser):
+    def test_layers_that_read_the_prompt_are_exactly_those_named(self, tiny):
         """Their input alone is the same at other timesteps and for other latents."""
-        family, names = find_family(denoiser.model), gemm_layers(denoiser)
-        other = denoiser.copy()
-        (other.conv_in if hasattr(other, "conv_in") else other.patch_embedding).bias.data += 1.0  # as other latents do
-        early, late = inputs_read(denoiser, denoiser.model, names, 900), inputs_read(denoiser, other, names, 100)
+        family, names = family_of(tiny), gemm_layers(tiny.model, family_of(tiny))
+        early, late = inputs_read(tiny, names, 900), inputs_read(tiny, names, 100, tiny.latents + 1.0)
         constant = [name for name in names if early[name] == late[name]]
-        assert constant and constant == [name for name in names if family.reads_prompt(name)]
+        assert constant == [name for name in names if family.reads_prompt(name)]
+        assert bool(constant) == bool(family.prompt_inputs)
 
-    def test_every_pattern_of_an_entry_is_of_use(self, denoiser):
-        """A pattern that matches nothing is a typing error; image-conditioned models have the few that are exempt."""
-        family = find_family(denoiser.model)
-        names = [name for name, _ in denoiser.model.named_modules()]
-        optional = ("image_embedder", "add_embedding", "encoder_hid_proj", "add_k_proj", "add_v_proj")
-        for pattern in (*family.keep, *family.temporal, *family.prompt_inputs):
-            assert any(map(pattern.__contains__, optional)) or any(matches(name, (pattern,)) for name in names), pattern
-        for parent, children in family.shared_inputs:
-            found = [name for name in names if matches(name.rpartition(".")[0], (parent,)) and name.endswith(children)]
-            assert found or children[0] in optional, parent
-
-    def test_kept_and_temporal_layers_of_wan(self, wan):
-        family = find_family(wan.model)
-        layers = quantizable_layers(wan.model, family, QuantSpec())
-        assert len(layers) == 1 + 2 * 10
-        assert [name for name in layers if family.is_temporal(name)] == ["condition_embedder.time_proj"]
-        assert not [
-            name for name in layers if name == "proj_out" or ("embedder.t" in name and not family.is_temporal(name))
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    def test_every_pattern_of_an_entry_is_of_use(self, family):
+        """A pattern that matches nothing in any variant is a typing error; two parts no tiny model has are exempt."""
+        variants = [tiny_family(name).model for name in TINY_FAMILIES]
+        names = [
+            name for model in variants if type(model).__name__ in family.classes for name, _ in model.named_modules()
         ]
+        patterns = (*family.keep, *family.temporal, *family.prompt_inputs, *(name for name, _ in family.frame_order))
+        for pattern in patterns:
+            exempt = pattern in ("add_embedding.**", "encoder_hid_proj.**")
+            assert exempt or any(matches(name, (pattern,)) for name in names), pattern
+        for parent, children in family.shared_inputs:
+            for child in children:
+                assert any(matches(name, (f"{parent}.{child}",)) for name in names), (parent, child)
 
-    def test_kept_and_temporal_layers_of_the_unet(self, unet):
-        family = find_family(unet.model)
-        layers = quantizable_layers(unet.model, family, QuantSpec())
-        resnets = [name for name, _ in unet.model.named_modules() if name.endswith(".time_emb_proj")]
-        assert resnets and [name for name in layers if family.is_temporal(name)] == resnets
-        assert not {"conv_in", "conv_out", "time_embedding.linear_1"} & layers.keys()
-        assert "down_blocks.0.resnets.0.conv1" in layers
+    @pytest.mark.parametrize("name", TINY_FAMILIES)
+    def test_kept_and_temporal_layers(self, name):
+        model, family = tiny_family(name).model, family_of(tiny_family(name))
+        layers = quantizable_layers(model, family, QuantSpec())
+        temporal = [layer for layer in layers if family.is_temporal(layer)]
+        assert (len(layers), len(temporal)) == LAYER_COUNTS[name]
+        assert not [layer for layer in temporal if family.keeps(layer)]
+        assert not {"proj_in", "proj_out", "conv_in", "conv_out", "patch_embedding"} & layers.keys()
+        embedders = ("embed", "_embedder", "_embedding", "caption_projection", "norm_out")
+        inside = [layer for layer in layers if any(part.endswith(embedders) for part in layer.split("."))]
+        assert inside == [layer for layer in temporal if layer in ("condition_embedder.time_proj", "time_embed.linear")]
 
-    def test_temporal_features_are_what_the_projections_read(self, denoiser):
+    def test_temporal_features_are_what_the_projections_read(self, tiny):
         """The data-free feature path, module after module, gives the tensor that the model hands its projections."""
-        family = find_family(denoiser.model)
-        modules = dict(denoiser.model.named_modules())
-        seen = []
-        projection = next(name for name in modules if family.is_temporal(name))
-        handle = modules[projection].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        with torch.no_grad():
-            denoiser.forward(denoiser.model, 500)
-            handle.remove()
-            features = torch.tensor([500.0])
-            for name in family.temporal_features:
-                features = modules[name](features)
-        rows = seen[0].reshape(-1, features.shape[-1])
-        torch.testing.assert_close(rows, features.expand_as(rows), rtol=1e-5, atol=1e-6)
+        family = family_of(tiny)
+        modules = dict(tiny.model.named_modules())
+        names = [name for name in modules if family.is_temporal(name)]
+        seen: dict[str, torch.Tensor] = {}
+        with watching(tiny.model, names, seen.__setitem__), torch.no_grad():
+            tiny.forward(tiny.model, 500)
+        features = torch.tensor([500.0])
+        for name in family.temporal_features:
+            features = modules[name](features)
+        for x in seen.values() if family.temporal_features else ():
+            rows = x.reshape(-1, features.shape[-1])
+            torch.testing.assert_close(rows, features.expand_as(rows), rtol=1e-5, atol=1e-6)
+
+    def test_which_embeddings_hold_more_than_the_timestep(self):
+        alone = [name for name in TINY_FAMILIES if family_of(tiny_family(name)).temporal_features]
+        assert alone == ["wan", "wan-image", "ltx", "cogvideox", "animatediff", "animatediff-linear"]
+        assert family_of(tiny_family("cogvideox-ofs")).name == "CogVideoX"  # it embeds ofs besides
+
+    def test_arguments_of_the_forward_pass(self, tiny):
+        family = family_of(tiny)
+        parameters = inspect.signature(tiny.model.forward).parameters
+        assert {family.sample_argument, family.timestep_argument} <= parameters.keys()
+        if family.frames_dim is not None:
+            assert tiny.latents.shape[family.frames_dim] == FRAMES and list(tiny.latents.shape).count(FRAMES) == 1
+
+
+def keep_frames_apart(model: nn.Module, patch: pytest.MonkeyPatch) -> nn.Module:
+    """A copy that hands nothing from frame to frame: self-attention returns each token's own value, group norms do
+    nothing, temporal convolutions see their middle frame only."""
+
+    def attend(query, key, value, *args, **kwargs):
+        return value if query.shape == value.shape else query + value.mean(dim=-2, keepdim=True)
+
+    patch.setattr(F, "scaled_dot_product_attention", attend)
+    patch.setattr(F, "group_norm", lambda x, *args, **kwargs: x)
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size[0] == 3:
+            module.weight.data[:, :, (0, 2)] = 0.0
+    return model
+
+
+class TestFrameOrder:
+    @pytest.mark.parametrize("name", ["wan", "wan-image", "animatediff", "animatediff-linear", "svd"])
+    def test_rows_belong_to_the_frames_they_are_said_to(self, name, monkeypatch):
+        """With nothing handed from frame to frame, another frame f changes exactly the rows of f, in every layer."""
+        tiny, family = tiny_family(name), family_of(tiny_family(name))
+        model = keep_frames_apart(tiny.model, monkeypatch)
+        layers = [layer for layer in gemm_layers(model, family) if family.frame_order_of(layer)]
+
+        def rows(latents):
+            inputs: dict[str, torch.Tensor] = {}
+            with watching(model, layers, inputs.__setitem__), torch.no_grad():
+                tiny.call(model, latents, 500)
+            moved = {layer: x.movedim(1, -1) if x.dim() == 4 else x for layer, x in inputs.items()}
+            return {layer: x.reshape(-1, x.shape[-1]) for layer, x in moved.items()}
+
+        before = rows(tiny.latents)
+        for frame, entry in product(range(FRAMES), range(BATCH)):
+            latents = tiny.latents.clone()
+            latents.movedim(family.frames_dim, 1)[entry, frame] += 1.0
+            for layer, x in rows(latents).items():
+                m = torch.arange(len(x))
+                of_batch = m // (len(x) // BATCH)
+                order = family.frame_order_of(layer)
+                of_frame = (m // (len(x) // (BATCH * FRAMES))) % FRAMES if order == "major" else m % FRAMES
+                changed = (x != before[layer]).any(dim=1)
+                assert x.isfinite().all() and torch.equal(changed, (of_frame == frame) & (of_batch == entry)), layer
+
+    @pytest.mark.parametrize("name", TINY_FAMILIES)
+    def test_who_has_one(self, name):
+        """All layers that see video rows alone, or none."""
+        tiny, family = tiny_family(name), family_of(tiny_family(name))
+        layers = gemm_layers(tiny.model, family)
+        known = [layer for layer in layers if family.frame_order_of(layer)]
+        expected = [layer for layer in layers if not family.reads_prompt(layer)] if family.frame_order else []
+        assert known == expected
+        orders = {family.frame_order_of(layer) for layer in known}
+        assert orders == ({"major", "minor"} if "UNet" in type(tiny.model).__name__ else {"major"} if known else set())
+
+    def test_kept_and_temporal_layers_have_none(self):
+        family = family_of(tiny_family("animatediff"))
+        names = ["conv_in", "down_blocks.0.resnets.0.time_emb_proj", "down_blocks.0.resnets.0.conv1"]
+        assert [family.frame_order_of(name) for name in names] == [None, None, "major"]
 
 
 class TestUnknownModels:
@@ -205,7 +308,7 @@ class TestUnknownModels:
             family_or_generic(type(name, (nn.Module,), {})())
 
     @pytest.mark.parametrize(
-        "name", ["CogVideoXTransformer3DModel", "UNet3DConditionModel", "I2VGenXLUNet", "MyVideoModel"]
+        "name", ["AllegroTransformer3DModel", "UNet3DConditionModel", "I2VGenXLUNet", "MyVideoModel"]
     )
     def test_other_video_denoisers_are_not(self, name):
         assert family_or_generic(name).name == "generic"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvd_core import QuantSpec
-from qvd_core.convert import dequantize_layer, encode_layer, fill_layer, make_layer
+from qvd_core.convert import dequantize_layer, fill_layer, make_layer
+from qvd_core.encode import encode_layer
 from qvd_core.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from qvd_core.ops.semantics import code_limit
 from qvd_core.plan import LayerPlan
@@ -48,8 +49,6 @@ def random_scales(module: nn.Module, x: Tensor, shift: float = 1.0) -> Scales:
 def quantize(module: nn.Module, spec: QuantSpec, scales: Scales | None, tensors: tuple[str, ...]) -> QuantizedLayer:
     """As `quantize_model` does for one layer."""
     plan = LayerPlan("conv2d" if isinstance(module, nn.Conv2d) else "linear", tensors)
-    if scales is not None:
-        scales.check_weight = lambda name, weight: None
     encoded = encode_layer("layer", plan, module.weight, module.bias, spec, scales)
     layer = make_layer(module, plan, spec, module.weight.dtype)
     fill_layer(layer, encoded)

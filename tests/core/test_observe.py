@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvd_core.observe import ROWS_KEPT, ROWS_PER_CALL, FeatureObserver, InputObserver
+from qvd_core.observe import ROWS_KEPT, ROWS_PER_CALL, BucketedRanges, FeatureObserver, InputObserver
+from qvd_core.spec import MOST_BUCKETS
 from qvd_core.temporal_fit import stack_features
+from tests.core.video_clock import clock, set_clock
 
 
 def observer(module: nn.Module, seed: int = 0) -> InputObserver:
-    return InputObserver(module, torch.Generator().manual_seed(seed))
+    return InputObserver(module, torch.Generator().manual_seed(seed), clock())
 
 
 class TestStatistics:
@@ -148,3 +152,124 @@ class TestFeatures:
         stacked = stack_features(watch.features)
         assert torch.equal(stacked, torch.tensor([[2.0], [1.0], [4.0]]).expand(3, 4))
         assert stacked.dtype == torch.float32
+
+
+class TestTimesteps:
+    """Ranges per timestep in a bounded number of buckets."""
+
+    def test_few_timesteps_have_a_bucket_each(self):
+        hours = clock()
+        watch = InputObserver(nn.Linear(5, 2), torch.Generator(), hours)
+        seen = {}
+        for index, timestep in enumerate([900.0, 100.0, 500.0, 900.0]):
+            set_clock(hours, timestep)
+            x = torch.randn(20, 5, generator=torch.Generator().manual_seed(index)) * (index + 1)
+            watch.observe(x)
+            seen[timestep] = torch.cat([seen[timestep], x]) if timestep in seen else x
+        assert [(bucket.first, bucket.last) for bucket in watch.ranges.buckets] == [(t, t) for t in sorted(seen)]
+        for bucket in watch.ranges.buckets:
+            assert torch.equal(bucket.minimum, seen[bucket.first].amin(dim=0))
+            assert torch.equal(bucket.maximum, seen[bucket.first].amax(dim=0))
+
+    @settings(max_examples=15)
+    @given(st.lists(st.integers(0, 999), min_size=33, max_size=150), st.integers(0, 9999))
+    def test_many_timesteps_share_buckets_that_hold_all_of_them(self, timesteps, seed):
+        ranges = BucketedRanges()
+        values = torch.randn(len(timesteps), 3, generator=torch.Generator().manual_seed(seed))
+        for timestep, value in zip(timesteps, values, strict=True):
+            ranges.observe(float(timestep), value - 1, value + 1)
+        buckets = ranges.buckets
+        assert len(buckets) == min(MOST_BUCKETS, len(set(timesteps)))
+        for left, right in pairwise(buckets):
+            assert left.first <= left.last < right.first <= right.last
+        for timestep, value in zip(timesteps, values, strict=True):
+            (home,) = [bucket for bucket in buckets if bucket.first <= timestep <= bucket.last]
+            assert bool((home.minimum <= value - 1).all()) and bool((home.maximum >= value + 1).all())
+        whole = torch.stack([bucket.minimum for bucket in buckets]).amin(dim=0)
+        assert torch.equal(whole, values.amin(dim=0) - 1)
+
+    def test_neighbours_in_time_are_merged_first(self):
+        ranges = BucketedRanges()
+        for timestep in [*range(0, MOST_BUCKETS * 10, 10), 101]:
+            ranges.observe(float(timestep), torch.zeros(1), torch.ones(1))
+        assert [(bucket.first, bucket.last) for bucket in ranges.buckets if bucket.first != bucket.last] == [(100, 101)]
+
+    def test_memory_does_not_grow_with_steps_or_prompts(self):
+        hours = clock()
+        watch = InputObserver(nn.Linear(64, 2), torch.Generator().manual_seed(0), hours, "major")
+        sizes = []
+        for prompt in range(3):
+            for step in range(50):
+                set_clock(hours, 1000.0 - 20 * step + prompt, 2, 3)
+                watch.observe(torch.randn(2, 36, 64))
+            sizes.append(watch.memory_bytes())
+        assert sizes[0] == sizes[1] == sizes[2]
+        ranges = 2 * MOST_BUCKETS * 64 * 4 + 2 * 3 * 64 * 4
+        sample = ROWS_KEPT * (64 + 2 + 1) * 4
+        assert sizes[0] == ranges + 64 * 8 + sample
+
+    def test_a_model_without_timesteps_has_one_bucket(self):
+        watch = observer(nn.Linear(5, 2))
+        for _ in range(3):
+            watch.observe(torch.randn(4, 5))
+        assert len(watch.ranges.buckets) == 1 and not watch.row_timesteps.any()
+
+
+class TestFrames:
+    @pytest.mark.parametrize("order", ["major", "minor"])
+    @pytest.mark.parametrize("frames", [1, 3])
+    def test_linear_ranges_per_frame(self, order, frames):
+        x = torch.randn(2, frames, 4, 5, generator=torch.Generator().manual_seed(0))
+        x = x * (1 + torch.arange(frames)).view(1, -1, 1, 1)
+        watch = InputObserver(nn.Linear(5, 2), torch.Generator(), clock(500.0, 2, frames), order)
+        for piece in (x, x * 0.5 + 1):
+            rows = piece if order == "major" else piece.transpose(1, 2)
+            watch.observe(rows.reshape(2, -1, 5))
+        both = torch.stack([x, x * 0.5 + 1])
+        assert torch.equal(watch.frame_minimum, both.amin(dim=(0, 1, 3)))
+        assert torch.equal(watch.frame_maximum, both.amax(dim=(0, 1, 3)))
+        for row, frame in zip(watch.rows, watch.row_frames, strict=True):
+            assert bool((both[:, :, frame] == row).all(dim=-1).any())
+
+    def test_convolution_ranges_per_frame_hold_the_padding(self):
+        x = torch.rand(6, 3, 4, 4) + torch.tensor([1.0, -3.0, -0.5]).view(1, 3, 1, 1)
+        watch = InputObserver(nn.Conv2d(3, 2, 3, padding=1), torch.Generator(), clock(500.0, 2, 3), "major")
+        watch.observe(x)
+        whole = F.pad(x, [1] * 4).view(2, 3, 3, 6, 6)
+        assert torch.equal(watch.frame_minimum, whole.amin(dim=(0, 3, 4)))
+        assert torch.equal(watch.frame_maximum, whole.amax(dim=(0, 3, 4)))
+
+    def test_images_know_their_frame(self):
+        x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 5, 5)
+        watch = InputObserver(nn.Conv2d(1, 1, 3), torch.Generator().manual_seed(0), clock(500.0, 2, 3), "major")
+        for _ in range(30):
+            watch.observe(x)
+        assert torch.equal(watch.row_frames, watch.rows[:, 0].long() % 3) and len(watch.row_frames.unique()) == 3
+
+    @pytest.mark.parametrize("order", ["major", "minor"])
+    def test_another_number_of_frames_ends_the_scales_per_frame(self, order):
+        hours = clock(500.0, 1, 3)
+        watch = InputObserver(nn.Linear(5, 2), torch.Generator(), hours, order)
+        watch.observe(torch.randn(1, 6, 5))
+        assert watch.frame_minimum is not None
+        set_clock(hours, 500.0, 1, 2)
+        watch.observe(torch.randn(1, 6, 5))
+        assert watch.frame_order is watch.frame_minimum is watch.frame_maximum is None
+        set_clock(hours, 500.0, 1, 3)
+        watch.observe(torch.randn(1, 6, 5))
+        assert watch.frame_minimum is None and watch.count == 18
+
+    def test_rows_that_are_no_whole_frames_end_them_too(self):
+        watch = InputObserver(nn.Linear(5, 2), torch.Generator(), clock(500.0, 2, 3), "major")
+        watch.observe(torch.randn(7, 5))
+        assert watch.frame_order is None and set(watch.row_frames.tolist()) == {-1}
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
+def test_an_empty_input_is_no_input(shape):
+    watch = observer(nn.Linear(5, 2))
+    watch.observe(torch.zeros(shape))
+    assert watch.count == 0 and watch.memory_bytes() == 0
+    watch.observe(torch.ones(1, 5))
+    watch.observe(torch.zeros(shape))
+    assert watch.count == 1 and torch.equal(watch.minimum, torch.ones(5))

@@ -191,8 +191,9 @@ class TestQuantizeActivation:
 
 class TestLibrary:
     samples = (
-        ("quantize_activation", (torch.randn(5, 8), torch.randn(8), torch.rand(8) + 1, None, 8)),
-        ("quantize_activation", (torch.randn(2, 5, 8).bfloat16(), None, None, torch.ones(1), 6)),
+        ("quantize_activation", (torch.randn(5, 8), torch.randn(8), torch.rand(8) + 1, None, 8, 0)),
+        ("quantize_activation", (torch.randn(2, 5, 8).bfloat16(), None, None, torch.ones(1), 6, 0)),
+        ("quantize_activation", (torch.randn(5, 16), torch.randn(16), None, torch.rand(5, 1), 4, 8)),
         ("int8_linear", (random_codes(5, 8), torch.ones(5, 1), random_codes(3, 8), torch.ones(3, 1), torch.ones(3))),
         ("int8_linear", (random_codes(5, 8), torch.ones(1), random_codes(3, 8), torch.ones(3, 1), None)),
         (

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qvd_core import QuantSpec, QVDError
+from qvd_core import QuantSpec, QVDError, quantize_model
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict, refuse_quantized
+from tests.core.video_clock import with_buckets, with_frames
 
 
 class Denoiser(nn.Sequential):
@@ -50,7 +51,7 @@ class TestKinds:
             (QuantSpec(), ("bias", "input_shift", "input_scale")),
             (QuantSpec(activation="static"), ("bias", "input_shift", "input_scale", "activation_scale")),
             (QuantSpec(portable=True), ("bias",)),
-            (QuantSpec(portable=True, bias_correction=False), ()),
+            (QuantSpec(portable=True, bias_correction=False), ("bias",)),  # a producer's shift comes back as a bias
             (QuantSpec(shift=False, scale="none", bias_correction=False), ()),
             (QuantSpec(shift=False, bias_correction=False), ("bias", "input_scale")),
             (QuantSpec(scale="none", bias_correction=False), ("bias", "input_shift")),
@@ -138,6 +139,44 @@ class TestRefusals:
             plan_layers(wan.model, QuantSpec(activation="static"), partial)
         assert plan_layers(wan.model, QuantSpec(), partial)["blocks.0.attn1.to_q"] == LayerPlan("linear", ("bias",))
 
+    @pytest.mark.parametrize(
+        ("spec", "setting"),
+        [
+            (QuantSpec(activation="static_bucket"), "static_bucket"),
+            (QuantSpec(activation="static_frame"), "static_frame"),
+            (QuantSpec(rounding="gptq"), 'rounding="gptq"'),
+            (QuantSpec(auto_keep=0.1), "auto_keep=0.1"),
+        ],
+    )
+    def test_settings_that_need_scales(self, wan, spec, setting):
+        with pytest.raises(QVDError, match=f"{setting}.* needs calibrated scales"):
+            plan_layers(wan.model, spec)
+
+    def test_gptq_with_scales_without_samples(self, wan, wan_scales):
+        with pytest.raises(QVDError, match="hold no samples"):
+            plan_layers(wan.model, QuantSpec(rounding="gptq"), wan_scales)
+
+    def test_auto_keep_with_scales_that_measured_nothing(self, wan, wan_scales):
+        with pytest.raises(QVDError, match="do not say how sensitive"):
+            plan_layers(wan.model, QuantSpec(auto_keep=0.1), wan_scales)
+
+    @pytest.mark.parametrize(
+        ("field", "value"), [("input_shift", torch.nan), ("static_step", torch.nan), ("static_step", 0.0)]
+    )
+    def test_scales_with_values_no_calibration_finds(self, wan, wan_scales, field, value):
+        name = "blocks.0.attn1.to_q"
+        layer = wan_scales.layers[name]
+        bad = replace(layer, **{field: torch.full_like(getattr(layer, field), value)})
+        with pytest.raises(QVDError, match=rf"damaged .*{name}\.{field}"):
+            plan_layers(wan.model, QuantSpec(), replace(wan_scales, layers=wan_scales.layers | {name: bad}))
+
+    def test_samples_of_another_width(self, wan, wan_scales):
+        name = "blocks.0.attn1.to_q"
+        layers = wan_scales.layers | {name: replace(wan_scales.layers[name], rows_of=name)}
+        scales = replace(wan_scales, layers=layers, rows={name: torch.zeros(4, 64).bfloat16()})
+        with pytest.raises(QVDError, match=rf"sample of layer {name} has 64 columns"):
+            plan_layers(wan.model, QuantSpec(4), scales)
+
     def test_scales_of_another_structure(self, unet, wan_scales):
         with pytest.raises(QVDError, match="calibrated on another model"):
             plan_layers(unet.model, QuantSpec(), wan_scales)
@@ -159,7 +198,77 @@ class TestRefusals:
         assert plan_layers(wan.model, QuantSpec(activation_bits=6, temporal="none"), wan_scales)
 
 
+class TestSteps:
+    """How many static scales a layer gets, and what tells them apart."""
+
+    def test_as_many_buckets_as_were_calibrated(self, wan, wan_scales):
+        scales = with_buckets(wan_scales, (0.5, 1.0, 0.7), (200.0, 700.0))
+        layer = plan_layers(wan.model, QuantSpec(activation="static_bucket"), scales)["blocks.0.attn1.to_q"]
+        assert (layer.steps, layer.steps_by) == (3, "timestep") and "activation_scale" in layer.tensors
+
+    @pytest.mark.parametrize(("buckets", "expected"), [(1, (1, "layer")), (2, (2, "timestep")), (9, (3, "timestep"))])
+    def test_never_more_than_the_spec_allows(self, wan, wan_scales, buckets, expected):
+        scales = with_buckets(wan_scales, (0.5, 1.0, 0.7), (200.0, 700.0))
+        spec = QuantSpec(activation="static_bucket", buckets=buckets)
+        layer = plan_layers(wan.model, spec, scales)["blocks.0.attn1.to_q"]
+        assert (layer.steps, layer.steps_by) == expected
+        held = quantize_model(wan.copy(), spec, scales).get_submodule("blocks.0.attn1.to_q")
+        assert held.activation_scale.shape == (expected[0],)
+
+    def test_one_bucket_is_a_static_layer(self, wan, wan_scales):
+        scales = with_buckets(wan_scales, (1.0,), ())
+        spec = QuantSpec(activation="static_bucket")
+        assert plan_layers(wan.model, spec, scales) == plan_layers(
+            wan.model, QuantSpec(activation="static"), wan_scales
+        )
+
+    def test_scales_that_know_no_timesteps(self, wan, wan_scales):
+        name = "blocks.0.attn1.to_q"
+        old = replace(wan_scales.layers[name], bucket_steps=None, bucket_boundaries=None)
+        scales = replace(wan_scales, layers=wan_scales.layers | {name: old})
+        with pytest.raises(QVDError, match=rf"{name} know nothing of timesteps"):
+            plan_layers(wan.model, QuantSpec(activation="static_bucket"), scales)
+
+    def test_frames_where_the_layer_knows_them(self, unet, unet_scales):
+        plan = plan_layers(unet.model, QuantSpec(activation="static_frame"), with_frames(unet_scales, (0.5, 1.0)))
+        found = {name: (layer.steps, layer.steps_by) for name, layer in plan.items() if layer.kind != "temporal"}
+        assert found["down_blocks.1.motion_modules.0.transformer_blocks.0.attn1.to_q"] == (2, "minor")
+        assert found["down_blocks.0.resnets.0.conv1"] == (2, "major")
+        assert all(
+            (steps, by) == (1, "layer")
+            for name, (steps, by) in found.items()
+            if not unet_scales.layers[name].frame_order
+        )
+
+    @pytest.mark.parametrize("activation", ["static", "static_bucket", "static_frame"])
+    def test_layers_that_read_the_prompt_are_dynamic(self, wan, wan_scales, activation):
+        scales = with_frames(with_buckets(wan_scales, (0.5, 1.0), (500.0,)), (0.5, 1.0, 1.0))
+        layer = plan_layers(wan.model, QuantSpec(activation=activation), scales)["blocks.0.attn2.to_k"]
+        assert "activation_scale" not in layer.tensors and layer.steps_by == "layer"
+
+    def test_rotation_only_where_it_is_asked_for(self, wan, wan_scales):
+        name = "blocks.0.attn1.to_q"
+        scales = replace(wan_scales, layers=wan_scales.layers | {name: replace(wan_scales.layers[name], rotation=32)})
+        assert plan_layers(wan.model, QuantSpec(rotate=True), scales)[name].rotation == 32
+        assert plan_layers(wan.model, QuantSpec(), scales)[name].rotation == 0
+        assert plan_layers(wan.model, QuantSpec(rotate=True, portable=True), scales)[name].rotation == 0
+
+
 class TestDictForm:
+    @pytest.mark.parametrize(
+        ("layer", "written"),
+        [
+            (LayerPlan("linear", ("bias",)), ["linear", "bias"]),
+            (
+                LayerPlan("linear", ("activation_scale",), 8, "timestep", 64),
+                ["linear", "activation_scale", "steps:8:timestep", "rotation:64"],
+            ),
+            (LayerPlan("conv2d", ("activation_scale",), 21, "minor"), ["conv2d", "activation_scale", "steps:21:minor"]),
+        ],
+    )
+    def test_written_form(self, layer, written):
+        assert plan_to_dict({"a": layer}) == {"a": written} and plan_from_dict({"a": written}) == {"a": layer}
+
     def test_round_trip_through_json(self, unet, unet_scales):
         plan = plan_layers(unet.model, QuantSpec(activation="static"), unet_scales)
         assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
@@ -176,6 +285,19 @@ class TestDictForm:
             {"a": ["linear", "weight"]},
             {"a": ["linear", ["bias"]]},
             {"a": ["linear", None]},
+            {"a": ["linear", "steps:1:timestep"]},
+            {"a": ["linear", "steps:8:layer"]},
+            {"a": ["linear", "steps:8:fortnight"]},
+            {"a": ["linear", "steps:8"]},
+            {"a": ["linear", "steps:-8:major"]},
+            {"a": ["linear", "steps:9999:major"]},
+            {"a": ["linear", "steps:99999999999999999999:major"]},
+            {"a": ["linear", "steps:\u0663:major"]},
+            {"a": ["linear", "rotation:0"]},
+            {"a": ["linear", "rotation:1"]},
+            {"a": ["linear", "rotation:48"]},
+            {"a": ["linear", "rotation:8192"]},
+            {"a": ["linear", "rotation:64:major"]},
             ["a"],
             "linear",
             3,

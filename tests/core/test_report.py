@@ -22,7 +22,7 @@ def test_report_is_self_contained_and_lists_the_most_sensitive_layer_first(tmp_p
     assert "T &amp; U" in text and "50 dB" in text and "data:image/png;base64,iVBORw==" in text
     assert "blocks.0.&lt;to_q&gt;" in text and "<to_q>" not in text
     assert text.index("blocks.1.to_q") < text.index("blocks.0.")
-    assert "0.9999" in text
+    assert "0.9999" in text and "most sensitive" not in text  # nothing was measured end to end
     assert "http" not in text and 'src="data:' in text
 
 
@@ -35,3 +35,13 @@ def test_a_missing_picture_is_one_clear_error_and_writes_nothing(tmp_path: Path)
     with pytest.raises(QVDError, match=r"gone\.png"):
         write_report(tmp_path / "r.html", "t", [], {}, {"frames": tmp_path / "gone.png"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_ranks_measured_layers_by_their_end_effect_and_marks_the_kept_ones(tmp_path: Path) -> None:
+    effects = {"blocks.0.<to_q>": 52.0, "blocks.1.to_q": 31.5, "time_proj": 40.0}
+    layers = {name: {**figures, "end_sqnr_db": effects[name]} for name, figures in LAYERS.items()}
+    text = write_report(tmp_path / "r.html", "t", [], layers, {}, kept=["blocks.1.to_q"]).read_text(encoding="utf-8")
+    ranking = text[text.index("most sensitive first") : text.index("largest error first")]
+    assert ranking.index("31.5") < ranking.index("40.0") < ranking.index("52.0")
+    assert ranking.count("kept in full precision") == 1
+    assert ranking.index("31.5") < ranking.index("kept in full precision") < ranking.index("40.0")

@@ -18,6 +18,11 @@ from qvd_core.fingerprint import weight_probe
 from qvd_core.scales import FORMAT_VERSION, LayerScales
 from qvd_core.temporal import fit_temporal_quantizer
 
+OPTIONAL = ("static_step", "bucket_steps", "bucket_boundaries", "frame_steps")
+REQUIRED = tuple(
+    item.name for item in fields(LayerScales) if item.name not in (*OPTIONAL, "frame_order", "rotation", "rows_of")
+)
+
 
 def small_scales() -> Scales:
     generator = torch.Generator().manual_seed(0)
@@ -80,6 +85,90 @@ def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **changes: Any
     save_file(held, path, {"qvd": json.dumps(description | changes)})
 
 
+class TestSteps:
+    """What format 2 added: steps per timestep and frame, rotation, and samples of inputs."""
+
+    def with_steps(self) -> Scales:
+        scales = small_scales()
+        held = replace(
+            scales.layers["blocks.1.to_q"],
+            static_step=torch.tensor([0.3]),
+            bucket_steps=torch.tensor([0.1, 0.3]),
+            bucket_boundaries=torch.tensor([450.0]),
+            frame_steps=torch.tensor([0.1, 0.2, 0.3]),
+            frame_order="minor",
+            rotation=2,
+            rows_of="blocks.1.to_q",
+        )
+        layers = {"blocks.1.to_q": held, "blocks.1.to_k": replace(held)}
+        return replace(scales, layers=layers, rows={"blocks.1.to_q": torch.randn(5, 12).bfloat16()})
+
+    def test_round_trip_with_every_field(self, tmp_path):
+        scales = self.with_steps()
+        again = Scales.load(scales.save(tmp_path / "a"))
+        assert_equal(scales, again)
+        assert scales.rows.keys() == again.rows.keys()
+        assert torch.equal(scales.rows["blocks.1.to_q"], again.rows["blocks.1.to_q"])
+
+    def test_files_of_version_1_are_read(self, path):
+        """It listed its layers by name, and knew of no steps."""
+        rewrite(path, version=1, layers=["blocks.1.to_k", "blocks.1.to_q"])
+        assert_equal(small_scales(), Scales.load(path))
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("static_step", torch.tensor([0.1, 0.2]), "static_step has 2 values"),
+            ("static_step", torch.zeros(1), "static_step must be positive"),
+            ("bucket_steps", torch.tensor([0.1, -0.3]), "bucket_steps must be positive"),
+            ("bucket_steps", torch.zeros(0), "bucket_steps must be positive"),
+            ("bucket_steps", None, "without the other"),
+            ("bucket_boundaries", None, "without the other"),
+            ("bucket_boundaries", torch.tensor([1.0, 2.0]), "must ascend, one fewer than the 2"),
+            ("frame_steps", torch.full((3,), torch.nan), "frame_steps holds NaN"),
+            ("rows", torch.zeros(5, 7).bfloat16(), r"sample of layer .* is \[5, 7\]"),
+            ("rows", torch.zeros(0, 6).bfloat16(), "sample of layer"),
+            ("rows", torch.full((5, 6), torch.nan).bfloat16(), "or holds NaN"),
+            ("rows", torch.zeros(5, 6), "or holds NaN"),
+            ("rows", None, "missing"),
+        ],
+    )
+    def test_bad_tensors(self, tmp_path, field, value, message):
+        path = self.with_steps().save(tmp_path / "a")
+        rewrite(path, {f"blocks.1.to_q.{field}": value})
+        with pytest.raises(QVDError, match=message):
+            Scales.load(path)
+
+    def test_boundaries_must_ascend(self, tmp_path):
+        path = self.with_steps().save(tmp_path / "a")
+        layer = "blocks.1.to_q"
+        rewrite(path, {f"{layer}.bucket_steps": torch.ones(3), f"{layer}.bucket_boundaries": torch.tensor([2.0, 1.0])})
+        with pytest.raises(QVDError, match="must ascend"):
+            Scales.load(path)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"rotation": 4}, "not a power of two that divides 6"),
+            ({"rotation": -2}, "not a power of two"),
+            ({"rotation": 2.0}, "unknown setting rotation"),
+            ({"rotation": True}, "unknown setting rotation"),
+            ({"frame_order": "sideways"}, "expected major or minor"),
+            ({"frame_order": ""}, "expected major or minor"),
+            ({"rows_of": 3}, "unknown setting rows_of"),
+            ({"rows_of": "nobody"}, "missing"),
+            ({"surprise": 1}, "unknown setting surprise"),
+        ],
+    )
+    def test_bad_settings(self, tmp_path, settings, message):
+        path = self.with_steps().save(tmp_path / "a")
+        _, description = read_tensors(path, "scales")
+        own = description["layers"]["blocks.1.to_q"]
+        rewrite(path, layers={"blocks.1.to_q": own | settings})
+        with pytest.raises(QVDError, match=message):
+            Scales.load(path)
+
+
 class TestBadFiles:
     def refuses(self, path: Path, message: str) -> None:
         with pytest.raises(QVDError, match=message) as caught:
@@ -102,12 +191,12 @@ class TestBadFiles:
         rewrite(path, version=FORMAT_VERSION + 1)
         self.refuses(path, "update QVD")
 
-    @pytest.mark.parametrize("field", [item.name for item in fields(LayerScales)])
+    @pytest.mark.parametrize("field", REQUIRED)
     def test_missing_tensor(self, path, field):
         rewrite(path, {f"blocks.1.to_q.{field}": None})
         self.refuses(path, rf"blocks\.1\.to_q lacks {field}")
 
-    @pytest.mark.parametrize("field", [item.name for item in fields(LayerScales)])
+    @pytest.mark.parametrize("field", [*REQUIRED, *OPTIONAL])
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_not_finite(self, path, field, bad):
         value = torch.ones(6)

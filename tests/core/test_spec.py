@@ -20,6 +20,9 @@ specs = st.builds(
     shift=st.booleans(),
     bias_correction=st.booleans(),
     portable=st.booleans(),
+    rotate=st.booleans(),
+    buckets=st.integers(1, 32),
+    auto_keep=st.none() | st.floats(0, 100, exclude_min=True),
     modules_to_not_convert=names,
     **{field: st.sampled_from(allowed) for field, allowed in _CHOICES.items()},
 )
@@ -39,7 +42,9 @@ def test_bits_outside_the_set(bits):
             QuantSpec(**{field: bits})
 
 
-@pytest.mark.parametrize("field", [*_CHOICES, "shift", "bias_correction", "portable", "modules_to_not_convert"])
+@pytest.mark.parametrize(
+    "field", [*_CHOICES, "shift", "rotate", "bias_correction", "portable", "modules_to_not_convert"]
+)
 @pytest.mark.parametrize("value", ["nonsense", 3, 1.0, ["a", 4], [""], {"a": []}.values()])
 def test_values_outside_the_set(field, value):
     with pytest.raises(ValueError, match=field):
@@ -66,4 +71,23 @@ def test_unknown_setting_is_named():
 
 @given(specs)
 def test_transforms_inputs(spec):
-    assert spec.transforms_inputs == (not spec.portable and (spec.shift or spec.scale != "none"))
+    assert spec.transforms_inputs == (spec.shift or spec.scale != "none" or spec.rotate)
+
+
+@pytest.mark.parametrize("value", [0, 33, -1, True, 8.0, "8", None])
+def test_buckets_outside_the_set(value):
+    with pytest.raises(ValueError, match="buckets must be an integer from 1 to 32"):
+        QuantSpec(buckets=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, True, "0.1", float("nan"), float("inf")])
+def test_auto_keep_outside_the_set(value):
+    with pytest.raises(ValueError, match="auto_keep must be"):
+        QuantSpec(auto_keep=value)
+
+
+@given(specs)
+def test_what_follows_from_a_spec(spec):
+    assert spec.is_static == (spec.activation in ("static", "static_bucket", "static_frame"))
+    below_eight = {"gptq": True, "nearest": False, "auto": spec.weight_bits < 8}
+    assert spec.compensates_rounding == below_eight[spec.rounding]

@@ -113,6 +113,7 @@ CHANGES = {
     "the seed": lambda pipe: {"seed": 1},
     "the steps": lambda pipe: {"num_inference_steps": 2},
     "the settings": lambda pipe: {"config": QVDConfig(weight_bits=4)},
+    "the sensitivity": lambda pipe: {"sensitivity": True},
 }
 
 
@@ -126,7 +127,8 @@ def test_whatever_changes_the_scales_misses_the_cache(what: str, wan_pipe: WanPi
         spec = changes.get("config", QVDConfig()).spec
         assert isinstance(spec, QuantSpec)
         prompts, seed = changes.get("prompts", PROMPTS), changes.get("seed", 0)
-        return _Job(wan_pipe, wan_pipe.transformer, spec, prompts, seed, call).key()
+        sensitivity = changes.get("sensitivity", False)
+        return _Job(wan_pipe, wan_pipe.transformer, spec, prompts, seed, call, sensitivity).key()
 
     before = key()
     assert before == key()
@@ -138,7 +140,7 @@ def test_tensors_and_images_in_the_call_are_part_of_the_key(wan_pipe: WanPipelin
 
     def key(value: Any) -> str | None:
         call = {"prompt_embeds": value}
-        return _Job(wan_pipe, wan_pipe.transformer, QVDConfig().spec, PROMPTS, 0, call).key()
+        return _Job(wan_pipe, wan_pipe.transformer, QVDConfig().spec, PROMPTS, 0, call, False).key()
 
     assert key(torch.zeros(2)) == key(torch.zeros(2)) != key(torch.ones(2))
     assert key(lambda: None) is None  # no content that could be compared: not cached

@@ -64,10 +64,10 @@ def test_every_component_gets_a_config_of_its_own() -> None:
 
 
 def test_presets_start_from_a_recipe_and_take_changes() -> None:
-    assert QVDConfig.paper().activation == "static"
+    assert QVDConfig.paper().activation == "static_frame" and QVDConfig.paper().temporal_quantizer == "log2"
     assert QVDConfig.paper(weight_bits=4).weight_bits == 4
     assert not QVDConfig.fast().spec.transforms_inputs
-    assert QVDConfig.best().spec == QuantSpec()
+    assert QVDConfig.best().spec == QuantSpec(rotate=True, rounding="gptq")
 
 
 @pytest.mark.parametrize(

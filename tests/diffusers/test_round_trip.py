@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
+from qvd_core import quantize_model
+from qvd_core.checkpoint import plan_of
 from qvd_diffusers import QVDConfig, Scales, calibrate
 from qvd_diffusers.streaming import Encoder
 from tests.diffusers.tiny import ANIMATE_CALL, PROMPTS, WAN_CALL, sample_frames
@@ -58,6 +61,39 @@ def test_a_calibrated_model_survives_the_trip(
     assert_same_state(model, again)
     assert str(path) not in (tmp_path / "saved" / "config.json").read_text()
     assert again.hf_quantizer.quantization_config.spec == QVDConfig(**settings).spec
+
+
+STEPPED = {
+    "W4-bucket": {"weight_bits": 4, "activation": "static_bucket"},
+    "W4-data-free": {"weight_bits": 4},
+    "W5A6-frame-rotation": {"weight_bits": 5, "activation_bits": 6, "activation": "static_frame", "rotate": True},
+    "portable-gptq": {"portable": True, "rounding": "gptq", "activation": "static"},
+    "auto-keep": {"auto_keep": 0.2, "activation": "static_bucket"},
+}
+
+
+@pytest.mark.parametrize("settings", STEPPED.values(), ids=STEPPED)
+def test_every_way_of_quantizing_makes_the_trip(
+    wan_pipe: WanPipeline, wan_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Loaded through diffusers it is the model that quantizing in place gives, and it is saved and loaded as it is."""
+    config, scales = QVDConfig(**settings, scale="smooth", temporal_quantizer="power"), None
+    if settings != {"weight_bits": 4}:
+        scales = calibrate(wan_pipe, PROMPTS[:1], config=config, cache=False, progress=False, **WAN_CALL)
+        config = replace(config, scales=scales)
+    model = quantized(wan_folder, config=config)
+    assert_same_state(model, quantize_model(copy.deepcopy(wan_pipe.transformer), config.spec, scales))
+    model.save_pretrained(tmp_path)
+    again = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert_same_state(model, again)
+    assert plan_of(model) == plan_of(again)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 4, 4),
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+    }
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).sample, again(**inputs).sample)
 
 
 def test_calibrated_scales_are_used(wan_folder: Path, wan_scales: Scales) -> None:

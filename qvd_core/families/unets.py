@@ -1,0 +1,79 @@
+"""Video UNets: AnimateDiff and Stable Video Diffusion."""
+
+from __future__ import annotations
+
+from qvd_core.families.family import Family, Fold
+
+_QKV = ("to_q", "to_k", "to_v")
+
+
+def _block_folds(block: str, attentions: tuple[tuple[str, ...], ...], positions: bool = False) -> tuple[Fold, ...]:
+    """Folds of a norm1-attn1-norm2-attn2-norm3-ff block.
+
+    attentions: what of attn1, attn2 reads the norm before it. positions: whether embeddings are added after those
+    norms. The value projections have no bias that could take a shift.
+    """
+    folds: list[Fold] = []
+    for number, children in enumerate(attentions, start=1):
+        readers = tuple(f"attn{number}.{child}" for child in children)
+        folds.append(Fold("norm", block, (f"norm{number}",), readers, scale=not positions))
+        folds.append(Fold("value", block, (f"attn{number}.to_v",), (f"attn{number}.to_out.0",)))
+    folds.append(Fold("norm", block, ("norm3",), ("ff.net.0.proj",)))
+    folds.append(Fold("gate", block, ("ff.net.0.proj",), ("ff.net.2",)))
+    return tuple(folds)
+
+
+_MOTION = "**.motion_modules.*"
+_SPATIAL = "**.attentions.*"
+
+ANIMATEDIFF = Family(
+    name="AnimateDiff",
+    classes=("UNetMotionModel",),
+    keep=("conv_in", "conv_out", "time_embedding.**", "add_embedding.**", "encoder_hid_proj.**"),
+    temporal=("**.time_emb_proj",),
+    temporal_features=("time_proj", "time_embedding", "mid_block.resnets.0.nonlinearity"),
+    other_conditions=("add_embedding",),
+    shared_inputs=(
+        (f"{_MOTION}.transformer_blocks.*.attn1", _QKV),
+        (f"{_MOTION}.transformer_blocks.*.attn2", _QKV),
+        (f"{_SPATIAL}.transformer_blocks.*.attn1", _QKV),
+        (f"{_SPATIAL}.transformer_blocks.*.attn2", ("to_k", "to_v")),
+    ),
+    prompt_inputs=tuple(f"{_SPATIAL}.transformer_blocks.*.attn2.{layer}" for layer in ("to_k", "to_v")),
+    sample_argument="sample",
+    frames_dim=2,
+    frame_order=((f"{_MOTION}.**", "minor"), ("**", "major")),
+    folds=(
+        Fold("norm", _MOTION, ("norm",), ("proj_in",)),
+        Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
+        *_block_folds(f"{_MOTION}.transformer_blocks.*", (_QKV, _QKV), positions=True),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (_QKV, ("to_q",))),
+    ),
+)
+
+SVD = Family(
+    name="Stable Video Diffusion",
+    classes=("UNetSpatioTemporalConditionModel",),
+    keep=("conv_in", "conv_out", "time_embedding.**", "add_embedding.**", "**.time_pos_embed.**"),
+    temporal=("**.time_emb_proj",),
+    shared_inputs=tuple(
+        (f"{_SPATIAL}.{blocks}.*.{attention}", children)
+        for blocks in ("transformer_blocks", "temporal_transformer_blocks")
+        for attention, children in (("attn1", _QKV), ("attn2", ("to_k", "to_v")))
+    ),
+    prompt_inputs=tuple(
+        f"{_SPATIAL}.{blocks}.*.attn2.{layer}"
+        for blocks in ("transformer_blocks", "temporal_transformer_blocks")
+        for layer in ("to_k", "to_v", "to_out.0")  # the image is one token: all attend to it alone
+    ),
+    sample_argument="sample",
+    frames_dim=1,
+    frame_order=((f"{_SPATIAL}.temporal_transformer_blocks.**", "minor"), ("**", "major")),
+    folds=(
+        Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
+        Fold("norm", f"{_SPATIAL}.temporal_transformer_blocks.*", ("norm_in",), ("ff_in.net.0.proj",)),
+        Fold("gate", f"{_SPATIAL}.temporal_transformer_blocks.*", ("ff_in.net.0.proj",), ("ff_in.net.2",)),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (_QKV, ("to_q",))),
+        *_block_folds(f"{_SPATIAL}.temporal_transformer_blocks.*", (_QKV, ("to_q",))),
+    ),
+)
