@@ -127,6 +127,7 @@ ROWS: tuple[Row, ...] = (
     # One per token, measured while running.
     Row("per token", "baseline", _with(_PLAIN, "token"), calibrated=False, headline=True),
     Row("SmoothQuant per token", "baseline", _with(_PLAIN, "token"), edit=smoothquant, headline=True),
+    Row("QVD without HTDQ", "qvd", _with({**_QVD, "temporal_quantizer": "uniform"}, "token"), bits=("W6A6", "W4A6")),
     Row("QVD data-free", "qvd", _with(_QVD, "token"), calibrated=False),
     Row("QVD, rounded to nearest", "qvd", _with(_BIAS, "token"), bits=_LOW),
     Row("QVD", "qvd", _with(_QVD, "token"), headline=True),

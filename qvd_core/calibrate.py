@@ -19,7 +19,7 @@ from qvd_core.families import family_or_generic
 from qvd_core.fingerprint import structure_fingerprint, weight_probe
 from qvd_core.folds import FoldSite, fold_sites
 from qvd_core.observation import Observation, check_observed
-from qvd_core.plan import layer_spec, plan_layers, quantizable_layers, refuse_quantized
+from qvd_core.plan import layer_spec, plan_layers, quantizable_layers, refuse_fused, refuse_quantized
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.sensitivity import END_EFFECT, end_effects
 from qvd_core.spec import QuantSpec
@@ -59,6 +59,7 @@ def observe_model(model: nn.Module, run: Callable[[], object], spec: QuantSpec |
     """
     spec = spec or QuantSpec()
     refuse_quantized(model)
+    refuse_fused(model)
     family = family_or_generic(model)
     layers = quantizable_layers(model, family, spec)
     if not layers:

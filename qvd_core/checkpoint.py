@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvd_core.checks import stored_problem
 from qvd_core.convert import fill_layer, install_layers
 from qvd_core.errors import QVDError
 from qvd_core.files import read_tensors, write_tensors
@@ -18,7 +19,6 @@ from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
 from qvd_core.spec import QuantSpec
 
 FORMAT_VERSION = 1
-_POSITIVE = ("weight_scale", "input_scale", "activation_scale", "gain")
 
 
 def plan_of(model: nn.Module) -> dict[str, LayerPlan]:
@@ -52,7 +52,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, description = read_tensors(path, "checkpoint")
     _check_origin(path, description, model)
     plan = plan_from_dict(description["layers"])
-    spec = QuantSpec.from_dict(description["spec"])
+    try:
+        spec = QuantSpec.from_dict(description["spec"])
+    except (TypeError, ValueError) as error:
+        raise QVDError(f"{path} is damaged, or from a newer QVD: {error}") from error
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     # The skeleton is built beside the model, so that a bad file leaves the model as it is.
     with torch.device("meta"):
@@ -107,10 +110,9 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], expected: Ma
         if tensor.shape != wanted.shape or (tensor.dtype != wanted.dtype and not castable):
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise QVDError(f"{path}: {name} is {found}, expected {wanted.dtype} {list(wanted.shape)}.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise QVDError(f"{path}: {name} holds NaN or infinity: the file is damaged.")
-        if name.rpartition(".")[2] in _POSITIVE and not (tensor > 0).all():
-            raise QVDError(f"{path}: {name} must be positive: the file is damaged.")
+        problem = stored_problem(name.rpartition(".")[2], tensor)
+        if problem:
+            raise QVDError(f"{path}: {name} {problem}: the file is damaged.")
 
 
 def _own_tensors(module: nn.Module) -> list[str]:

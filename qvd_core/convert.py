@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from qvd_core.checks import cast_finite
 from qvd_core.clock import SamplingClock
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
@@ -126,7 +127,7 @@ def fill_layer(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
     """Put real tensors into an empty layer; what is missing stays on meta. Dtypes are the layer's."""
     for key, tensor in tensors.items():
         own = getattr(layer, key)
-        value = tensor.detach().to(own.dtype)
+        value = cast_finite(key, tensor.detach(), own.dtype)
         if isinstance(own, nn.Parameter):
             setattr(layer, key, nn.Parameter(value, requires_grad=False))
         else:

@@ -17,7 +17,7 @@ from torch import nn
 from qvd_core.errors import QVDError
 from qvd_core.families import Family, family_or_generic
 from qvd_core.families.patterns import has_prefix
-from qvd_core.scales import LayerScales, Scales
+from qvd_core.scales import MOST_STEPS, LayerScales, Scales
 from qvd_core.sensitivity import most_sensitive
 from qvd_core.spec import QuantSpec
 from qvd_core.steps import fewer_buckets
@@ -29,7 +29,6 @@ LayerKind = Literal["linear", "conv2d", "temporal"]
 OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
 StepsBy = Literal["layer", "timestep", "major", "minor"]
 
-LARGEST_COUNT = 4096  # of steps or channels per rotation that a recorded plan may ask for
 TEMPORAL_WEIGHT_BITS = 8  # a temporal weight is read once per timestep: fewer bits would save no time
 
 
@@ -81,6 +80,7 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
     when `scales` belong to another model, or when `spec` needs scales and there are none.
     """
     refuse_quantized(model)
+    refuse_fused(model)
     family = family_or_generic(model)
     layers = quantizable_layers(model, family, spec)
     if not layers:
@@ -114,6 +114,10 @@ def _without_sensitive(layers: dict[str, nn.Module], spec: QuantSpec, scales: Sc
         return layers
     sizes = {name: module.weight.numel() for name, module in layers.items()}  # type: ignore[operator]
     kept = most_sensitive(scales.report, sizes, spec.auto_keep)
+    if not kept:
+        logger.warning(
+            "auto_keep=%g keeps no layer: the sensitive ones are larger, or none is that sensitive.", spec.auto_keep
+        )
     logger.info("auto_keep=%g keeps %d of %d layers: %s", spec.auto_keep, len(kept), len(layers), ", ".join(kept))
     if len(kept) == len(layers):
         raise QVDError(f"auto_keep={spec.auto_keep:g} would keep every layer: nothing is left to quantize, lower it.")
@@ -213,6 +217,16 @@ def _plan_steps(name: str, spec: QuantSpec, calibrated: LayerScales | None) -> t
     return len(calibrated.frame_steps), calibrated.frame_order  # type: ignore[return-value]
 
 
+def refuse_fused(model: nn.Module) -> None:
+    """Raise QVDError when q, k and v were fused: the layers beside the fused one are then dead weight."""
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False):
+            raise QVDError(
+                f"{name} of this {type(model).__name__} has fused projections: call unfuse_qkv_projections() (or "
+                "unfuse_projections() on each attention) before calibrating or quantizing it."
+            )
+
+
 def refuse_quantized(model: nn.Module) -> None:
     """Raise QVDError when `model` already holds quantized weights, QVD's own or another backend's."""
     method = getattr(model, "quantization_method", None)
@@ -266,7 +280,7 @@ def _layer_from_list(name: str, entry: Any) -> LayerPlan:
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 4 and 1 < int(text) <= LARGEST_COUNT
+    return text.isascii() and text.isdigit() and len(text) <= 4 and 1 < int(text) <= MOST_STEPS
 
 
 def _present(**tensors: bool) -> tuple[OptionalTensor, ...]:

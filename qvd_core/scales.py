@@ -6,6 +6,7 @@ model, spec and prompts it belongs to, and how well each layer did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from qvd_core.errors import QVDError
 from qvd_core.files import read_tensors, write_tensors
 from qvd_core.fingerprint import probe_agrees, structure_fingerprint
-from qvd_core.spec import QuantSpec
+from qvd_core.spec import MOST_BUCKETS, QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 
 FORMAT_VERSION = 2
+MOST_STEPS = 4096  # static scales of one layer
 LARGEST_VALUE = 1e15  # far above any activation, far below what overflows when it is multiplied
 
 
@@ -195,7 +197,10 @@ class Scales:
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in values.items()}
+    figures = {key: float(value) for key, value in values.items()}
+    if any(math.isnan(figure) for figure in figures.values()):
+        raise QVDError("the report holds NaN")
+    return figures
 
 
 def _below(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
@@ -260,6 +265,12 @@ def _check_counts(name: str, layer: LayerScales) -> None:
     channels = len(layer.input_min)
     if layer.static_step is not None and len(layer.static_step) != 1:
         raise QVDError(f"{name}.static_step has {len(layer.static_step)} values, expected 1")
+    if layer.static_step is None and (layer.bucket_steps is not None or layer.frame_steps is not None):
+        raise QVDError(f"{name} has bucket_steps or frame_steps, but no static_step")
+    for key, most in (("bucket_steps", MOST_BUCKETS), ("frame_steps", MOST_STEPS)):
+        steps = getattr(layer, key)
+        if steps is not None and len(steps) > most:
+            raise QVDError(f"{name}.{key} has {len(steps)} values, at most {most} are possible")
     buckets, boundaries = layer.bucket_steps, layer.bucket_boundaries
     if (buckets is None) != (boundaries is None):
         raise QVDError(f"{name} has bucket_steps or bucket_boundaries without the other")
@@ -267,7 +278,7 @@ def _check_counts(name: str, layer: LayerScales) -> None:
         raise QVDError(f"{name}.bucket_boundaries must ascend, one fewer than the {len(buckets)} bucket_steps")
     if layer.frame_steps is not None and layer.frame_order not in ("major", "minor"):
         raise QVDError(f"{name}.frame_order is {layer.frame_order!r}, expected major or minor")
-    if layer.rotation and (layer.rotation < 0 or layer.rotation.bit_count() != 1 or channels % layer.rotation):
+    if layer.rotation and (layer.rotation < 2 or layer.rotation.bit_count() != 1 or channels % layer.rotation):
         raise QVDError(f"{name}.rotation is {layer.rotation}, not a power of two that divides {channels} channels")
 
 

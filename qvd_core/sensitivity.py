@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,16 +41,24 @@ def end_effects(
         finally:
             model.set_submodule(name, original)
         noise = sum(float((output - target).square().sum()) for output, target in zip(outputs, targets, strict=True))
-        ratio = torch.tensor((signal + 1e-30) / (noise + 1e-30), dtype=torch.float64)
-        effects[name] = min(10.0 * float(ratio.log10()), LARGEST_SQNR)
+        effects[name] = _decibels(signal, noise)
     return effects
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Within +-150 dB; the lowest where the output is not finite: no layer can do worse."""
+    if not math.isfinite(noise):
+        return -LARGEST_SQNR
+    decibels = 10.0 * math.log10((signal + 1e-30) / (noise + 1e-30))
+    return max(-LARGEST_SQNR, min(decibels, LARGEST_SQNR))
 
 
 def most_sensitive(report: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], auto_keep: float) -> list[str]:
     """The layers `auto_keep` keeps in full precision, the most sensitive first.
 
     report: of `Scales`, with the end effect of every layer. sizes: weight elements of the quantizable layers.
-    auto_keep: below 1 a share of all weight elements, filled in order of sensitivity; from 1 on a number of dB: every
+    auto_keep: below 1 a share of all weight elements, filled in order of sensitivity (a layer that no longer fits is
+    passed over for the next); from 1 on a number of dB: every
     layer whose end effect is smaller. Raises QVDError when the end effects were not measured.
     """
     effects = {name: report[name][END_EFFECT] for name in sizes if END_EFFECT in report.get(name, {})}

@@ -48,8 +48,8 @@ class QuantSpec:
         "online" computes it each time, "none" leaves temporal features unquantized (their weights are still int8).
     bias_correction: fold with the quantized weight around the calibrated channel mean (METHOD 3.7).
     portable: allow only what folds into ordinary tensors, so that plain int8 loaders lose nothing.
-    auto_keep: keep the layers that calibration found most sensitive in full precision: a share of the weights (below
-        1), or every layer that alone brings the model's output below so many dB (1 and above).
+    auto_keep: keep the layers that calibration found most sensitive in full precision: those that fit into a share of
+        the weights (below 1), or every layer that alone brings the model's output below so many dB (1 and above).
     modules_to_not_convert: layer names, or whole-part prefixes of them, that stay in full precision.
     backend: which implementation of the int8 operators runs; "auto" picks the fastest exact one.
 

@@ -84,7 +84,9 @@ def describe_model(folder: Path) -> str:
         f"{megabytes(quantized)}; the rest {megabytes(total - quantized)}; together {megabytes(total)}, "
         f"{total / full:.2f} of float32."
     )
-    return f"{table(('layer', 'kind', 'weight', 'beside it', 'bytes'), rows)}\n{summary}"
+    kept = [name for name, stored in tensors.items() if split_name(name)[0] not in plan and len(stored.shape) > 1]
+    rest = f"Kept in floating point: {', '.join(sorted(kept)) or 'nothing'}."
+    return f"{table(('layer', 'kind', 'weight', 'beside it', 'bytes'), rows)}\n{summary}\n{rest}"
 
 
 def _float_elements(name: str, stored: Stored, plan: Mapping[str, LayerPlan]) -> int:

@@ -29,8 +29,12 @@ from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, mod
 
 logger = logging.getLogger(__name__)
 
-KEY_VERSION = 4
+KEY_VERSION = 5
 """Part of every cache key beside the release; raised when calibration finds something else for the same input."""
+
+
+ENOUGH_FOR_STATIC = 8
+"""Prompts below which static scales are known to clip; 16 or more are better."""
 
 
 def calibrate(
@@ -73,6 +77,13 @@ def calibrate(
         if found is not None:
             _say(f"Using cached scales {store.path(key)} (calibrated on {job.size()}).", progress)
             return found
+    if spec.is_static and not callable(prompts) and len(job.prompts) < ENOUGH_FOR_STATIC:
+        logger.warning(
+            "Static scales from %d prompt%s clip what other prompts bring: use %d or more, or activation='token'.",
+            len(job.prompts),
+            "s" * (len(job.prompts) != 1),
+            ENOUGH_FOR_STATIC,
+        )
     with _SearchBar(progress) as bar:
         scales = calibrate_model(model, job.runner(progress), spec, bar.show, job.description(), measured)
     if store is not None and key is not None:
@@ -191,8 +202,10 @@ def _check_weights(model: nn.Module) -> None:
 
 def _surroundings(pipe: DiffusionPipeline, model: nn.Module) -> dict[str, Any]:
     """What else decides the denoiser's input: the scheduler's settings and the models that feed it."""
-    scheduler = getattr(getattr(pipe, "scheduler", None), "config", {})
-    settings = {name: value for name, value in scheduler.items() if not name.startswith("_")}
+    scheduler = getattr(pipe, "scheduler", None)
+    config = getattr(scheduler, "config", {})
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    settings["class"] = type(scheduler).__name__
     others = {name: _light_fingerprint(part) for name, part in models_of(pipe).items() if part is not model}
     return {"class": type(pipe).__name__, "scheduler": settings, "models": others}
 

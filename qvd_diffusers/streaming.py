@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qvd_core.checks import cast_finite, stored_problem
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
@@ -111,15 +112,14 @@ def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:
             f"{name} is {_describe(value)} in the checkpoint, expected {_describe(placeholder)}: "
             "config.json and the weights do not belong together."
         )
-    return value.to(placeholder.dtype)
+    return cast_finite(name, value, placeholder.dtype)
 
 
 def check_stored_values(value: Tensor, name: str) -> None:
-    """Raise QVDError for values a quantized checkpoint cannot hold: NaN or infinity, steps that are not positive."""
-    if value.is_floating_point() and value.element_size() > 1 and not bool(value.isfinite().all()):
-        raise QVDError(f"{name} holds NaN or infinity: the checkpoint is damaged, quantize the model again.")
-    if split_name(name)[1] in ("weight_scale", "activation_scale", "input_scale") and not bool((value > 0).all()):
-        raise QVDError(f"{name} must be positive: the checkpoint is damaged, quantize the model again.")
+    """Raise QVDError for values a quantized checkpoint cannot hold: NaN, steps that are not positive, ..."""
+    problem = stored_problem(split_name(name)[1], value)
+    if problem:
+        raise QVDError(f"{name} {problem}: the checkpoint is damaged, quantize the model again.")
 
 
 def enumerate_names(names: Iterable[str], limit: int = 3) -> str:

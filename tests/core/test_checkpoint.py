@@ -13,6 +13,7 @@ from torch import nn
 
 from qvd_core import QuantSpec, QVDError, Scales, load_checkpoint, quantize_model, save_checkpoint
 from qvd_core.checkpoint import plan_of
+from qvd_core.checks import stored_problem
 from qvd_core.files import read_tensors, write_tensors
 from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import plan_layers
@@ -115,6 +116,8 @@ def _edit(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor], d
         (lambda _, description: description["layers"]["blocks.0.attn1.to_q"].append("steps:3:timestep"), "missing"),
         (lambda _, description: description["layers"]["blocks.0.attn1.to_q"].append("steps:3:weekday"), "said to hold"),
         (lambda _, description: description["spec"].update(weight_bits=4), "expected torch.uint8"),
+        (lambda _, description: description["spec"].update(weight_bits="x"), "weight_bits must be an integer"),
+        (lambda _, description: description["spec"].update(unheard_of=1), "unheard_of"),
         (lambda _, description: description.update(version=99), "update QVD"),
         (lambda _, description: description.update(kind="scales"), "not a checkpoint"),
         (lambda _, description: description.update(model_class="Other"), "holds a Other"),
@@ -138,3 +141,18 @@ def test_a_truncated_file_is_one_clear_error(wan: Denoiser, saved: Path, tmp_pat
     bad.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(QVDError, match="damaged"):
         load_checkpoint(wan.copy(), bad)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("bucket_boundaries", torch.tensor([800.0, 200.0]), "must ascend"),
+        ("weight", torch.tensor([[0x77, 0x80]], dtype=torch.uint8), "codes outside -7"),
+        ("weight", torch.tensor([[0x77, 0x08]], dtype=torch.uint8), "codes outside -7"),
+        ("gain", torch.tensor([1.0, 0.0]), "must be positive"),
+        ("bias", torch.tensor([torch.inf]), "holds NaN or infinity"),
+    ],
+)
+def test_values_no_quantizer_writes_are_named(key: str, tensor: torch.Tensor, message: str) -> None:
+    assert message in (stored_problem(key, tensor) or "")
+    assert stored_problem(key, torch.zeros(2, dtype=torch.int8)) in (None, "must be positive")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qvd_core import QuantSpec, QVDError, Scales, quantize_model
+from qvd_core.convert import fill_layer
 from qvd_core.encode import Encoding, encode_layer
 from qvd_core.fingerprint import weight_probe
 from qvd_core.plan import LayerPlan
@@ -197,3 +198,9 @@ class TestWeights:
         with pytest.raises(QVDError, match=r"layer into its bias leaves the range of torch\.float16"):
             encoding.check("layer", layer.weight.detach(), layer.bias.detach())
         encoding.check("layer", layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16())
+
+    def test_a_bias_that_overflows_only_when_it_is_cast_is_refused_too(self, wan, wan_scales):
+        """Loaders read float32 files into float16 models: the weight alone says nothing of the bias' type."""
+        layer = quantize_model(wan.copy(), QuantSpec(), wan_scales).get_submodule("blocks.0.ffn.net.2").half()
+        with pytest.raises(QVDError, match="bias of the quantized model leaves the range of float16"):
+            fill_layer(layer, {"bias": torch.full((32,), 7e4)})

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qvd_core import QuantSpec, QVDError, quantize_model
+from qvd_core import QuantSpec, QVDError, calibrate_model, quantize_model
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_layers, plan_to_dict, refuse_quantized
 from tests.core.video_clock import with_buckets, with_frames
 
@@ -317,3 +317,14 @@ class TestDictForm:
             assert plan_to_dict(plan_from_dict(values)) == values
         except QVDError as error:
             assert "\n" not in str(error)
+
+
+def test_fused_projections_are_refused(wan):
+    """`to_q` beside a fused `to_qkv` is dead weight: quantizing or folding it changes nothing, or the wrong thing."""
+    model = wan.copy()
+    for block in model.blocks:
+        block.attn1.fuse_projections()
+    with pytest.raises(QVDError, match=r"attn1 .* fused projections: call unfuse_qkv_projections"):
+        plan_layers(model, QuantSpec())
+    with pytest.raises(QVDError, match="fused projections"):
+        calibrate_model(model, lambda: None)

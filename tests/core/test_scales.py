@@ -15,7 +15,7 @@ from torch import Tensor
 from qvd_core import QuantSpec, QVDError, Scales
 from qvd_core.files import read_tensors
 from qvd_core.fingerprint import weight_probe
-from qvd_core.scales import FORMAT_VERSION, LayerScales
+from qvd_core.scales import FORMAT_VERSION, LayerScales, check_layer_scales
 from qvd_core.temporal import fit_temporal_quantizer
 
 OPTIONAL = ("static_step", "bucket_steps", "bucket_boundaries", "frame_steps")
@@ -256,6 +256,7 @@ class TestBadFiles:
             {"report": {"a": 3}},
             {"report": {"a": {"b": "text"}}},
             {"report": {"a": {"b": None}}},
+            {"report": {"a": {"b": "nan"}}},
             {"calibrated_on": 3},
             {"calibrated_on": [1, 2]},
         ],
@@ -303,3 +304,20 @@ def test_values_that_no_calibration_finds_are_refused(
     path = replace(wan_scales, layers={**wan_scales.layers, name: damaged}).save(tmp_path / "scales.safetensors")
     with pytest.raises(QVDError, match=f"{name}.{field}"):
         Scales.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frame_steps": torch.ones(3), "frame_order": "major"}, "no static_step"),
+        ({"static_step": torch.ones(1), "frame_steps": torch.ones(4097), "frame_order": "major"}, "at most 4096"),
+        ({"static_step": torch.ones(1), "bucket_steps": torch.ones(33), "bucket_boundaries": torch.arange(32.0)}, "32"),
+        ({"rotation": 1}, "power of two"),
+        ({"rotation": 3}, "power of two"),
+    ],
+)
+def test_counts_that_no_calibration_makes_are_refused(changes, message):
+    six = torch.zeros(6)
+    layer = LayerScales(six, six, six, six, torch.ones(6), torch.ones(4), **changes)
+    with pytest.raises(QVDError, match=message):
+        check_layer_scales("layer", layer)

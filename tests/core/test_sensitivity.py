@@ -199,3 +199,27 @@ class TestAutoKeep:
         again = WanTransformer3DModel.from_pretrained(Path(tmp_path / "quantized"))
         expected = broken.sample(quantize_model(broken.copy(), spec, measured))
         assert torch.equal(broken.sample(model), expected) and torch.equal(broken.sample(again), expected)
+
+
+def test_an_output_that_is_not_finite_ranks_first(wan):
+    """Overflow is the worst a layer can do; NaN must not hide it from the ranking."""
+
+    def exploding():
+        layer = copy.deepcopy(wan.model.get_submodule(VICTIM))
+        layer.weight.data.fill_(torch.inf)
+        return layer
+
+    call = ((), {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500.0])})
+    call[1]["encoder_hidden_states"] = torch.randn(1, 6, 32)
+    makers = {VICTIM: exploding, "proj_out": lambda: wan.model.get_submodule("proj_out")}
+    effects = end_effects(wan.model, [call], makers)
+    assert effects == {VICTIM: -LARGEST_SQNR, "proj_out": LARGEST_SQNR}
+    assert most_sensitive(
+        {name: {END_EFFECT: value} for name, value in effects.items()}, dict.fromkeys(effects, 1), 30
+    ) == [VICTIM]
+
+
+def test_a_share_too_small_for_any_sensitive_layer_keeps_none_and_says_so(wan, wan_scales, caplog):
+    scales = replace(wan_scales, report={name: {END_EFFECT: 10.0} for name in wan_scales.layers})
+    plan = plan_layers(wan.model, QuantSpec(auto_keep=1e-9), scales)
+    assert plan.keys() >= wan_scales.layers.keys() and "keeps no layer" in caplog.text

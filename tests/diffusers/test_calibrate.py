@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from qvd_diffusers import QVDConfig, Scales, calibrate
 from tests.diffusers.tiny import PROMPTS, WAN_CALL, sample_frames
@@ -105,6 +105,10 @@ def changed_weight(pipe: WanPipeline) -> dict[str, Any]:
     return {}
 
 
+class Twin(FlowMatchEulerDiscreteScheduler):
+    """Another sampler with the same settings."""
+
+
 CHANGES = {
     "a weight": changed_weight,
     "the scheduler": lambda pipe: pipe.scheduler.register_to_config(shift=5.0) or {},
@@ -113,6 +117,9 @@ CHANGES = {
     "the seed": lambda pipe: {"seed": 1},
     "the steps": lambda pipe: {"num_inference_steps": 2},
     "the settings": lambda pipe: {"config": QVDConfig(weight_bits=4)},
+    "the class of the scheduler": lambda pipe: (
+        setattr(pipe, "scheduler", Twin.from_config(pipe.scheduler.config)) or {}
+    ),
     "the sensitivity": lambda pipe: {"sensitivity": True},
 }
 
@@ -183,3 +190,12 @@ def test_an_error_while_sampling_leaves_everything_as_it_was(wan_pipe: WanPipeli
         calibrate(wan_pipe, PROMPTS, progress=False, callback_on_step_end=fail_at_step, **WAN_CALL)
     assert_untouched(wan_pipe, before)
     assert not list(own_cache.glob("*"))
+
+
+def test_few_prompts_for_static_scales_are_warned_of(wan_pipe: WanPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    for activation, warned in (("token", False), ("static", True)):
+        caplog.clear()
+        calibrate(
+            wan_pipe, PROMPTS[:1], config=QVDConfig(activation=activation), cache=False, progress=False, **WAN_CALL
+        )
+        assert ("Static scales from 1 prompt clip" in caplog.text) == warned
