@@ -4,7 +4,8 @@
 
 Codebooks are fitted without data, on the grid of all training timesteps, and judged at the steps of the miniature's own
 sampler. "Elsewhere" is the projected error at half-integer timesteps, which lie between those of the grid.
-"uniform, clipped" is the uniform quantizer at the best share of the range: the strongest uniform baseline.
+"uniform, clipped" is the uniform quantizer at the best share of the range: the strongest uniform baseline. PSNR is that
+of a few clips sampled with these features quantized and all else in full precision.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.moving_digits import sampling
 from examples.moving_digits.evaluate import table_line
 from qvd_core.families import family_or_generic
+from qvd_core.quality import psnr
 from qvd_core.temporal import (
     AMPLITUDE_SHARES,
     QUANTIZER_NAMES,
@@ -37,7 +39,8 @@ from qvd_diffusers.sampling import find_denoiser
 
 OUT = Path("benchmarks/results/temporal.json")
 BITS = (8, 6, 4)
-HEADINGS = ("quantizer", "TDR", "TDC", "COL", "projected error", "elsewhere")
+HEADINGS = ("quantizer", "TDR", "TDC", "COL", "projected error", "elsewhere", "PSNR (dB)")
+CLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,42 @@ class Figures:
     col: float
     projected_error: float
     elsewhere: float
+    psnr: float
 
     def markdown(self) -> str:
         shares = [f"{self.tdr:.4f}", f"{self.tdc:.4f}", f"{self.col:.4f}"]
-        return table_line([self.quantizer, *shares, f"{self.projected_error:.1e}", f"{self.elsewhere:.1e}"])
+        errors = [f"{self.projected_error:.1e}", f"{self.elsewhere:.1e}"]
+        return table_line([self.quantizer, *shares, *errors, f"{self.psnr:.1f}"])
+
+
+class Sampler:
+    """Samples a miniature with its temporal features quantized, and nothing else."""
+
+    def __init__(self, name: str):
+        folder = sampling.miniature(name)
+        self.call = sampling.load_call(folder)
+        self.pipe = sampling.load_pipeline(folder)
+        self.model = find_denoiser(self.pipe).requires_grad_(False)
+        self.family = family_or_generic(self.model)
+        self.projections = [part for key, part in self.model.named_modules() if self.family.is_temporal(key)]
+        self.reference = self._sample()
+
+    def psnr(self, quantizer: TemporalQuantizer) -> float:
+        """Mean over clips, in dB, to full precision from the same noise."""
+
+        def quantize(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            return quantizer(inputs[0]).to(inputs[0].dtype)
+
+        hooks = [part.register_forward_pre_hook(quantize) for part in self.projections]
+        try:
+            return float(psnr(self._sample(), self.reference).mean())
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _sample(self) -> Tensor:
+        prompts, seeds = sampling.held_out_prompts(CLIPS), sampling.held_out_seeds(CLIPS)
+        return sampling.sample_video(self.pipe, prompts, seeds, self.call)
 
 
 @dataclass(frozen=True)
@@ -68,15 +103,13 @@ class Features:
     projection: Tensor
 
     @classmethod
-    def of(cls, name: str) -> Features:
-        pipe = sampling.load_pipeline(sampling.miniature(name))
-        model = find_denoiser(pipe).requires_grad_(False)
-        family = family_or_generic(model)
-        pipe.scheduler.set_timesteps(sampling.load_call(sampling.miniature(name))["num_inference_steps"])
-        weights = [module.weight for part, module in model.named_modules() if family.is_temporal(part)]
+    def of(cls, sampler: Sampler) -> Features:
+        model, family = sampler.model, sampler.family
+        sampler.pipe.scheduler.set_timesteps(sampler.call["num_inference_steps"])
+        weights = [module.weight for module in sampler.projections]
         return cls(
             grid=stack_features(grid_features(model, family)),
-            own=embed_timesteps(model, family, pipe.scheduler.timesteps),
+            own=embed_timesteps(model, family, sampler.pipe.scheduler.timesteps),
             between=embed_timesteps(model, family, torch.arange(1000) + 0.5),
             projection=torch.cat([weight.detach().float() for weight in weights]),
         )
@@ -97,7 +130,8 @@ class Features:
 
 def measure(name: str) -> Iterator[Figures]:
     """Every quantizer at every bit-width on the miniature `name`."""
-    features = Features.of(name)
+    sampler = Sampler(name)
+    features = Features.of(sampler)
     for bits in BITS:
         options = {"uniform, clipped": features.clipped_uniform(bits)}
         for kind in (*QUANTIZER_NAMES, "auto"):
@@ -114,6 +148,7 @@ def measure(name: str) -> Iterator[Figures]:
                 collision_rate(features.own, quantized),
                 features.error(quantizer, features.own),
                 features.error(quantizer, features.between),
+                sampler.psnr(quantizer),
             )
 
 

@@ -1,6 +1,6 @@
 """Refresh the model card: draw the sample grids, and copy the measured numbers into README.md.
 
-    python -m examples.moving_digits.evaluate both --json examples/moving_digits/evaluation.json
+    python -m examples.moving_digits.evaluate both --clips 64 --json examples/moving_digits/evaluation.json
     python -m examples.moving_digits.card
 
 Numbers come from `metric/facts.json` and `evaluation.json`; what is missing keeps the text it has.
