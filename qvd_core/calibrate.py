@@ -17,7 +17,7 @@ from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic
 from qvd_core.fingerprint import structure_fingerprint, weight_probe
-from qvd_core.folds import FoldSite, fold_sites
+from qvd_core.folds import fold_sites
 from qvd_core.observation import Observation, check_observed
 from qvd_core.plan import layer_spec, plan_layers, quantizable_layers, refuse_fused, refuse_quantized
 from qvd_core.scales import LayerScales, Scales
@@ -87,7 +87,9 @@ def search_scales(
     scales.calibrated_on.setdefault("forward_passes", observation.passes)
     _fit_temporal(observation, scales)
     _search_transforms(observation, scales, progress)
-    if spec.auto_keep is not None if sensitivity is None else sensitivity:
+    if sensitivity is None:
+        sensitivity = spec.auto_keep is not None
+    if sensitivity:
         _measure_sensitivity(observation, scales, progress)
     return scales
 
@@ -120,7 +122,7 @@ def _fit_temporal(observation: Observation, scales: Scales) -> None:
 
 
 def _search_transforms(observation: Observation, scales: Scales, progress: Progress | None) -> None:
-    sites = _fold_sites(observation) if scales.spec.portable else {}
+    allowed = _foldable_parts(observation) if scales.spec.portable else {}
     for done, (first, names) in enumerate(observation.groups.items()):
         if progress is not None:
             progress(done, len(observation.groups), first)
@@ -129,31 +131,29 @@ def _search_transforms(observation: Observation, scales: Scales, progress: Progr
             continue  # never reached by this run; the plan decides whether that matters
         members = {name: _member(observation.layers[name]) for name in names}
         spec = layer_spec(observation.family, first, scales.spec)
-        site = sites.get(first)
-        allowed = None if not spec.portable else Transform.without_effect if site is None else site.restrict
-        choice = choose(statistics, list(members.values()), spec, allowed)
+        choice = choose(statistics, list(members.values()), spec, allowed.get(first))
         if spec.compensates_rounding:
             scales.rows[first] = statistics.rows.to("cpu", torch.bfloat16)
-        rows_of = first if spec.compensates_rounding else ""
-        entry = _layer_scales(statistics, choice, observation.inputs[first].frame_order, rows_of)
+        shared = _shared_scales(statistics, choice, observation.inputs[first].frame_order)
+        shared["rows_of"] = first if spec.compensates_rounding else ""
         for name, member in members.items():
-            scales.layers[name] = entry(weight_probe(member.weight))
+            scales.layers[name] = LayerScales(weight_probe=weight_probe(member.weight), **shared)
             scales.report[name] = _figures(statistics, member, choice, spec)
     if progress is not None:
         progress(len(observation.groups), len(observation.groups), "done")
 
 
-def _fold_sites(observation: Observation) -> dict[str, FoldSite]:
-    """Where a group's transform can move into the producer of its input, by the group's first layer."""
+def _foldable_parts(observation: Observation) -> dict[str, Callable[[Transform], Transform]]:
+    """By each group's first layer: what of a transform can move into the producer of the group's input."""
     sites = {frozenset(site.consumers): site for site in fold_sites(observation.model, observation.family)}
-    found = {first: sites.get(frozenset(names)) for first, names in observation.groups.items()}
-    return {first: site for first, site in found.items() if site is not None}
+    return {
+        first: sites[frozenset(names)].restrict if frozenset(names) in sites else Transform.without_effect
+        for first, names in observation.groups.items()
+    }
 
 
-def _layer_scales(
-    statistics: InputStatistics, choice: Choice, frame_order: str | None, rows_of: str
-) -> Callable[[Tensor], LayerScales]:
-    """`LayerScales` of a group, but for the probe of each member's weight."""
+def _shared_scales(statistics: InputStatistics, choice: Choice, frame_order: str | None) -> dict[str, Any]:
+    """What all layers of a group have in common, as fields of `LayerScales`."""
     transform, steps = choice.transform, choice.steps
     tensors = {
         "input_min": statistics.minimum,
@@ -167,8 +167,7 @@ def _layer_scales(
         "frame_steps": steps.frame_steps,
     }
     kept = {name: None if tensor is None else tensor.float().cpu() for name, tensor in tensors.items()}
-    settings = {"frame_order": frame_order or "", "rotation": transform.rotation, "rows_of": rows_of}
-    return lambda probe: LayerScales(weight_probe=probe, **kept, **settings)  # type: ignore[arg-type]
+    return {**kept, "frame_order": frame_order or "", "rotation": transform.rotation}
 
 
 def _figures(statistics: InputStatistics, member: Member, choice: Choice, spec: QuantSpec) -> dict[str, float]:

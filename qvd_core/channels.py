@@ -7,7 +7,7 @@ the seen range a static scale should hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvd_core.ops import semantics
+from qvd_core.quality import bounded_decibels
 from qvd_core.rotation import largest_block
 from qvd_core.spec import QuantSpec
 from qvd_core.statistics import InputStatistics
@@ -154,22 +155,34 @@ def choose(
     Simpler ones get a small advantage [O]: it saves memory and guards against fitting the sample.
     """
     targets = [full_output(statistics, member) for member in members]
+    energies = [float(target.square().sum()) + 1e-30 for target in targets]
+    offered = candidates(statistics, members, spec)
+    if allowed is not None:
+        offered = _distinct(map(allowed, offered))
     best: Choice | None = None
     best_error = float("inf")
-    for candidate in candidates(statistics, members, spec):
-        candidate = allowed(candidate) if allowed is not None else candidate
+    for candidate in offered:
         trial = _Trial.of(statistics, members, candidate, spec)
         steps = _choose_steps(statistics, trial, spec)
         codes, step = _quantize(statistics, members, trial, steps, spec)
         error = sum(
-            float((output - target).square().sum()) / (float(target.square().sum()) + 1e-30)
-            for output, target in zip(trial.outputs(codes, step), targets, strict=True)
+            float((output - target).square().sum()) / energy
+            for output, target, energy in zip(trial.outputs(codes, step), targets, energies, strict=True)
         )
         error *= 1.0 + _WORTHWHILE_GAIN * candidate.parts
         if best is None or error < best_error:
             best, best_error = Choice(candidate, steps), error
     assert best is not None
     return best
+
+
+def _distinct(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Each transform once: restricted to what folds, many candidates become the same, and a trial is dear."""
+    seen: list[Transform] = []
+    for transform in transforms:
+        if not any(transform.same(other) for other in seen):
+            seen.append(transform)
+            yield transform
 
 
 def _choose_steps(statistics: InputStatistics, trial: _Trial, spec: QuantSpec) -> StaticSteps:
@@ -235,7 +248,6 @@ def measure(statistics: InputStatistics, member: Member, choice: Choice, spec: Q
     target = full_output(statistics, member)
     noise = float((output - target).double().square().sum())
     signal = float(target.double().square().sum())
-    sqnr = 10.0 * float(torch.log10(torch.tensor((signal + 1e-30) / (noise + 1e-30))))
     per_channel = codes.float().reshape(len(codes), statistics.channels, -1).transpose(1, 2).flatten(0, 1)
     used = per_channel.amax(dim=0) - per_channel.amin(dim=0)
-    return LayerQuality(min(sqnr, 150.0), float(used.mean()) / (2**spec.activation_bits - 1))
+    return LayerQuality(bounded_decibels(signal, noise), float(used.mean()) / (2**spec.activation_bits - 1))

@@ -59,16 +59,16 @@ class SamplingClock:
         index = self._parameters.index(name) if name in self._parameters else len(args)
         return args[index] if index < len(args) else None
 
-    def frame_of_rows(self, rows: int, order: str) -> Tensor | None:
-        """int64 [rows]: the frame each row of a flattened layer input belongs to; None where rows are not whole frames.
+    def frame_of_rows(self, rows: int, order: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """int64 [rows] on `device`: the frame of each row of a flattened input; None where rows are not whole frames.
 
         order: "major" where the rows of one frame follow each other, "minor" where the frame runs fastest.
         """
         if self.frames == 0 or rows == 0 or rows % (self.batch * self.frames):
             return None
         if order == "minor":
-            return torch.arange(rows) % self.frames
-        return torch.arange(rows) // (rows // (self.batch * self.frames)) % self.frames
+            return torch.arange(rows, device=device) % self.frames
+        return torch.arange(rows, device=device) // (rows // (self.batch * self.frames)) % self.frames
 
     def bucket_step(self, steps: Tensor, boundaries: Tensor) -> Tensor:
         """The step [1] of the current timestep out of steps [G] (timesteps ascending) between boundaries [G-1]."""
@@ -79,10 +79,10 @@ class SamplingClock:
 
     def frame_step(self, steps: Tensor, rows: int, order: str) -> Tensor:
         """One step per row [rows, 1] out of one per frame [F]; the widest [1] where the frames are other than F."""
-        frame = self.frame_of_rows(rows, order) if self.frames == len(steps) else None
+        frame = self.frame_of_rows(rows, order, steps.device) if self.frames == len(steps) else None
         if frame is None:
             return self._widest(steps, f"{self.frames} latent frames are sampled, {len(steps)} were calibrated")
-        return steps[frame.to(steps.device)].unsqueeze(1)
+        return steps[frame].unsqueeze(1)
 
     def _widest(self, steps: Tensor, why: str) -> Tensor:
         """The step that clips least, and one line that says why."""

@@ -45,7 +45,9 @@ class Encoding:
         if scales is None or not spec.portable:
             return cls(plan, spec, scales)
         family = family_or_generic(model)
-        wanted = {name: _wanted(scales.layers[name], spec) for name in plan if name in scales.layers}
+        wanted = {
+            name: _part(scales.layers[name], spec.shift, spec.scale != "none") for name in plan if name in scales.layers
+        }
         folded = foldable_transforms(model, family, wanted)
         edits, _ = producer_edits(model, family, folded)
         return cls(plan, spec, scales, edits, folded)
@@ -111,7 +113,8 @@ def encode_layer(
     calibrated = scales.layers.get(name) if scales is not None else None
     tensors: dict[str, Tensor] = {}
     if scales is not None and calibrated is not None and plan.kind != "temporal":
-        transform = (folded or _carried(calibrated, plan)).to(weight.device)
+        carried = _part(calibrated, "input_shift" in plan.tensors, "input_scale" in plan.tensors, plan.rotation)
+        transform = (folded or carried).to(weight.device)
         rows = scales.rows.get(calibrated.rows_of) if spec.compensates_rounding else None
         mean = calibrated.input_mean.to(weight.device) if spec.bias_correction else None
         quantized, tensors = _fold(weight, bias, transform, mean, rows, plan, spec)
@@ -127,20 +130,15 @@ def encode_layer(
     return {"weight": codes, "weight_scale": quantized.scale, **tensors}
 
 
-def _wanted(calibrated: LayerScales, spec: QuantSpec) -> Transform:
-    """As much of the calibrated transform as the settings allow, without the rotation, which nothing takes over."""
+def _part(calibrated: LayerScales, shift: bool, scale: bool, rotation: int = 0) -> Transform:
+    """The calibrated transform with or without its shift and its scale."""
     identity = Transform.identity(len(calibrated.input_shift))
-    shift = calibrated.input_shift if spec.shift else identity.shift
-    scale = calibrated.input_scale if spec.scale != "none" else identity.scale
-    return Transform("calibrated", shift, scale)
-
-
-def _carried(calibrated: LayerScales, plan: LayerPlan) -> Transform:
-    """As much of the calibrated transform as the layer carries itself."""
-    identity = Transform.identity(len(calibrated.input_shift))
-    shift = calibrated.input_shift if "input_shift" in plan.tensors else identity.shift
-    scale = calibrated.input_scale if "input_scale" in plan.tensors else identity.scale
-    return Transform("calibrated", shift, scale, plan.rotation)
+    return Transform(
+        "calibrated",
+        calibrated.input_shift if shift else identity.shift,
+        calibrated.input_scale if scale else identity.scale,
+        rotation,
+    )
 
 
 def _fold(

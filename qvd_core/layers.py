@@ -201,8 +201,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 def _describe(layer: QuantizedLayer) -> str:
     activation = "token"
     if layer.activation_scale is not None:
-        by = "" if layer.plan.steps_by == "layer" else f" by {layer.plan.steps_by.partition(' ')[0]}"
-        activation = f"static{by}"
+        activation = {"layer": "static", "timestep": "static by timestep"}.get(layer.plan.steps_by, "static by frame")
     parts = {"shift": layer.input_shift is not None, "scale": layer.input_scale is not None}
     parts["rotation"] = layer.plan.rotation > 0
     transform = "+".join(name for name, present in parts.items() if present) or "plain"

@@ -156,13 +156,13 @@ class InputObserver:
 
     def _observe_frames(self, low: Tensor, high: Tensor) -> None:
         assert self.frame_order is not None
-        frame = self.clock.frame_of_rows(len(low), self.frame_order)
+        frame = self.clock.frame_of_rows(len(low), self.frame_order, low.device)
         changed = self.frame_minimum is not None and len(self.frame_minimum) != self.clock.frames
         if frame is None or changed:  # no scale per frame for a layer that does not see the same frames every time
             self.frame_order = self.frame_minimum = self.frame_maximum = None
             return
         shape = (self.clock.frames, low.shape[1])
-        index = frame.to(low.device).unsqueeze(1).expand(-1, shape[1])
+        index = frame.unsqueeze(1).expand(-1, shape[1])
         lowest = low.new_full(shape, torch.inf).scatter_reduce(0, index, low, "amin")
         highest = high.new_full(shape, -torch.inf).scatter_reduce(0, index, high, "amax")
         if self.frame_minimum is None or self.frame_maximum is None:

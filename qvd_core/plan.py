@@ -21,7 +21,6 @@ from qvd_core.scales import MOST_STEPS, LayerScales, Scales
 from qvd_core.sensitivity import most_sensitive
 from qvd_core.spec import QuantSpec
 from qvd_core.steps import fewer_buckets
-from qvd_core.transform import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +177,10 @@ def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | N
     shifted = scaled = False
     rotation = 0
     if calibrated is not None and not spec.portable:
-        shifted = spec.shift and bool((calibrated.input_shift != 0).any())
-        scaled = spec.scale != "none" and bool((calibrated.input_scale != 1).any())
+        has_shift, has_scale = bool((calibrated.input_shift != 0).any()), bool((calibrated.input_scale != 1).any())
+        shifted, scaled = spec.shift and has_shift, spec.scale != "none" and has_scale
         # Steps behind a rotation are known for the whole transform that was searched, not for a part of it.
-        whole = Transform("", calibrated.input_shift, calibrated.input_scale).parts == shifted + scaled
+        whole = (shifted, scaled) == (has_shift, has_scale)
         rotation = calibrated.rotation if spec.rotate and whole else 0
     # A portable layer's shift is in its producer; its W z still needs a bias of its own.
     folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled or spec.portable)

@@ -22,6 +22,7 @@ SSIM_WINDOW = 11  # pixels; with SSIM_SIGMA, SSIM_K1 and SSIM_K2 the values of W
 SSIM_SIGMA = 1.5
 SSIM_K1 = 0.01
 SSIM_K2 = 0.03
+LARGEST_DECIBELS = 150.0
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
@@ -53,6 +54,17 @@ def sqnr_db(reference: Tensor, test: Tensor) -> float:
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def bounded_decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two energies, within +-150 dB; -150 where the noise is not finite.
+
+    For figures that are ranked and stored: neither an exact output nor an overflow makes them infinite or NaN.
+    """
+    if not math.isfinite(noise):
+        return -LARGEST_DECIBELS
+    decibels = 10.0 * math.log10((signal + 1e-30) / (noise + 1e-30))
+    return max(-LARGEST_DECIBELS, min(decibels, LARGEST_DECIBELS))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qvd_core.errors import QVDError
+from qvd_core.quality import bounded_decibels
 
 END_EFFECT = "end_sqnr_db"  # the report's name for it
-LARGEST_SQNR = 150.0  # dB; equal outputs have no finite one
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -41,16 +40,8 @@ def end_effects(
         finally:
             model.set_submodule(name, original)
         noise = sum(float((output - target).square().sum()) for output, target in zip(outputs, targets, strict=True))
-        effects[name] = _decibels(signal, noise)
+        effects[name] = bounded_decibels(signal, noise)
     return effects
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Within +-150 dB; the lowest where the output is not finite: no layer can do worse."""
-    if not math.isfinite(noise):
-        return -LARGEST_SQNR
-    decibels = 10.0 * math.log10((signal + 1e-30) / (noise + 1e-30))
-    return max(-LARGEST_SQNR, min(decibels, LARGEST_SQNR))
 
 
 def most_sensitive(report: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], auto_keep: float) -> list[str]:

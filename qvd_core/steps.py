@@ -82,11 +82,16 @@ def _bucketed(statistics: InputStatistics, transform: Transform, seen: Tensor, b
     if times is None or statistics.bucket_minimum is None or statistics.bucket_maximum is None:
         return seen.reshape(1), seen.new_empty(0)
     by_time = reach(statistics.bucket_minimum, statistics.bucket_maximum, transform)
-    starts = drift_buckets(by_time.tolist(), buckets)
-    ends = [*starts[1:], len(by_time)]
-    merged = torch.stack([by_time[start:end].amax() for start, end in zip(starts, ends, strict=True)])
-    boundaries = [float(times[start - 1, 1] + times[start, 0]) / 2 for start in starts[1:]]
+    merged, starts = _merged(by_time, buckets)
+    boundaries = [float(times[start - 1, 1] + times[start, 0]) / 2 for start in starts]
     return merged, merged.new_tensor(boundaries)
+
+
+def _merged(reaches: Tensor, most: int) -> tuple[Tensor, list[int]]:
+    """Reaches [B] in at most `most` buckets: the largest of each [G], and where the second and later ones start."""
+    starts = drift_buckets(reaches.tolist(), most)
+    ends = [*starts[1:], len(reaches)]
+    return torch.stack([reaches[start:end].amax() for start, end in zip(starts, ends, strict=True)]), starts[1:]
 
 
 def drift_buckets(reaches: list[float], most: int) -> list[int]:
@@ -121,7 +126,5 @@ def fewer_buckets(steps: Tensor, boundaries: Tensor, most: int) -> tuple[Tensor,
     """Calibrated bucket steps [G] and boundaries [G-1], neighbours merged until there are at most `most`. [O]"""
     if len(steps) <= most:
         return steps, boundaries
-    starts = drift_buckets(steps.tolist(), most)
-    ends = [*starts[1:], len(steps)]
-    merged = torch.stack([steps[start:end].amax() for start, end in zip(starts, ends, strict=True)])
-    return merged, boundaries[[start - 1 for start in starts[1:]]]
+    merged, starts = _merged(steps, most)
+    return merged, boundaries[[start - 1 for start in starts]]

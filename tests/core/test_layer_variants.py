@@ -118,7 +118,7 @@ class TestSteps:
             assert layer.state_dict()[name].dtype == torch.float32 and torch.equal(
                 layer.state_dict()[name], state[name]
             )
-        assert f"static by {steps_by}" in repr(layer)
+        assert f"static by {'timestep' if steps_by == 'timestep' else 'frame'}" in repr(layer)
 
     @pytest.mark.parametrize("steps_by", ["timestep", "major"])
     def test_nan_reaches_the_output(self, steps_by):

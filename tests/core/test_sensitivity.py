@@ -14,7 +14,8 @@ from torch import nn
 from qvd_core import QuantSpec, QVDError, Scales, calibrate_model, load_checkpoint, quantize_model, save_checkpoint
 from qvd_core.families import find_family
 from qvd_core.plan import plan_layers, quantizable_layers
-from qvd_core.sensitivity import END_EFFECT, LARGEST_SQNR, end_effects, most_sensitive
+from qvd_core.quality import LARGEST_DECIBELS
+from qvd_core.sensitivity import END_EFFECT, end_effects, most_sensitive
 from qvd_diffusers import QVDConfig
 from tests.core.conftest import Denoiser
 
@@ -88,7 +89,7 @@ class TestEndEffects:
     def test_equal_outputs_have_a_finite_figure(self):
         model = nn.Sequential(nn.Linear(4, 4))
         calls = [((torch.randn(2, 4),), {})]
-        assert end_effects(model, calls, {"0": lambda: copy.deepcopy(model[0])}) == {"0": LARGEST_SQNR}
+        assert end_effects(model, calls, {"0": lambda: copy.deepcopy(model[0])}) == {"0": LARGEST_DECIBELS}
 
     def test_the_model_is_left_as_it_was(self, broken, unchanged):
         same = unchanged(broken.model)
@@ -213,7 +214,7 @@ def test_an_output_that_is_not_finite_ranks_first(wan):
     call[1]["encoder_hidden_states"] = torch.randn(1, 6, 32)
     makers = {VICTIM: exploding, "proj_out": lambda: wan.model.get_submodule("proj_out")}
     effects = end_effects(wan.model, [call], makers)
-    assert effects == {VICTIM: -LARGEST_SQNR, "proj_out": LARGEST_SQNR}
+    assert effects == {VICTIM: -LARGEST_DECIBELS, "proj_out": LARGEST_DECIBELS}
     assert most_sensitive(
         {name: {END_EFFECT: value} for name, value in effects.items()}, dict.fromkeys(effects, 1), 30
     ) == [VICTIM]
