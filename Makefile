@@ -5,6 +5,8 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+KERNELS := qvd_core/ops/cpu
+KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format clean distclean
@@ -16,7 +18,7 @@ help:
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove caches and build products; make distclean also removes out/ and $(VENV)"
 
-install: $(STAMP)
+install: $(KERNELS_STAMP)
 
 # One pip call with the constraints: the resolver never sees another torch than the pinned one.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,12 +27,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt -e ".[diffusers,report,dev]"
 	@touch $(STAMP)
 
-demo: $(STAMP)
+# The C kernels, again whenever one of their files changes. Without a compiler int8 runs emulated, and says so.
+$(KERNELS_STAMP): $(wildcard $(KERNELS)/*.c $(KERNELS)/*.h) $(KERNELS)/build.py $(STAMP)
+	-$(PY) $(KERNELS)/build.py
+	@touch $(KERNELS_STAMP)
+
+demo: $(KERNELS_STAMP)
 	$(PY) -m examples.demo
 
 # Two workers, each with one torch thread (tests/conftest.py): tiny models gain nothing from more threads,
 # and a worker per core would load torch and diffusers once per core. A file stays on one worker, with its fixtures.
-test: $(STAMP)
+test: $(KERNELS_STAMP)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 lint: $(STAMP)
@@ -43,7 +50,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(KERNELS)/*.so $(KERNELS_STAMP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -220,7 +220,7 @@ def _quantize(
     bits = spec.activation_bits
     if spec.is_static:
         step = steps.for_rows(statistics, spec.activation)
-    elif members[0].weight.dim() == 4:  # a convolution's dynamic step is one per image; the sample stands for it
+    elif members[0].weight.dim() > 2:  # a convolution's dynamic step is one per image; the sample stands for it
         step = semantics.token_step(trial.rows, bits, dims=(0, 1))
     else:
         step = semantics.token_step(trial.rows, bits)

@@ -16,6 +16,7 @@ from qvd_core.errors import QVDError
 from qvd_core.files import read_tensors, write_tensors
 from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
+from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
 
 FORMAT_VERSION = 1
@@ -69,6 +70,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
             fill_layer(module, own)
         else:
             _fill_float(module, own)
+    share_inputs(model)
     return model
 
 

@@ -13,10 +13,11 @@ from qvd_core.clock import SamplingClock
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic, find_family
-from qvd_core.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from qvd_core.layers import QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
 from qvd_core.plan import LayerPlan
 from qvd_core.rotation import hadamard
 from qvd_core.scales import Scales
+from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
@@ -27,8 +28,10 @@ logger = logging.getLogger(__name__)
 _LAYER_CLASSES: dict[str, type[QuantizedLayer]] = {
     "linear": QuantLinear,
     "conv2d": QuantConv2d,
+    "conv3d": QuantConv3d,
     "temporal": TemporalLinear,
 }
+_FLOAT_CLASSES: dict[str, type[nn.Module]] = {"conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 
 
 @torch.no_grad()
@@ -61,6 +64,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scal
     for tensor, value in edited:
         tensor.data = value
     attach_clock(model)
+    share_inputs(model)
     return model
 
 
@@ -88,8 +92,7 @@ def install_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: QuantS
     """
     modules = dict(model.named_modules())
     for name, layer_plan in plan.items():
-        wanted = nn.Conv2d if layer_plan.kind == "conv2d" else nn.Linear
-        if not isinstance(modules.get(name), wanted):
+        if not isinstance(modules.get(name), _FLOAT_CLASSES.get(layer_plan.kind, nn.Linear)):
             raise QVDError(
                 f"the quantized checkpoint has a {layer_plan.kind} layer {name}, this {type(model).__name__} has not: "
                 "the checkpoint belongs to another model or another version of it."
@@ -193,9 +196,10 @@ def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
     return plain
 
 
-def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d:
-    if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(
+def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d | nn.Conv3d:
+    if isinstance(layer, nn.Conv2d | nn.Conv3d):
+        convolution = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv3d
+        return convolution(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,  # type: ignore[arg-type]

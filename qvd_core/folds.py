@@ -314,10 +314,10 @@ def _table_slots(modules: Mapping[str, nn.Module], fold: Fold, name: str, channe
 
 def _inputs(module: nn.Module) -> int | None:
     """Input channels of a layer that can be quantized; None for anything else."""
-    if type(module) is nn.Conv2d and module.groups == 1:
-        return module.in_channels
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return module.in_channels if module.groups == 1 and type(module) in (nn.Conv2d, nn.Conv3d) else None
     return module.in_features if type(module) is nn.Linear else None
 
 
 def _pads(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.padding not in (0, (0, 0), "valid")
+    return isinstance(module, nn.Conv2d | nn.Conv3d) and any(module._reversed_padding_repeated_twice)

@@ -1,9 +1,9 @@
 """Quantized layers: ordinary modules with ordinary tensors, so that offload, peft, casting and safetensors just work.
 
 State dict = checkpoint format:
-    weight            int8 [N, K] or [N, C, kh, kw], a frozen `nn.Parameter` (offloading moves parameters);
-                      4-bit codes are uint8 [N, ceil(K / 2)] or [N, ceil(C kh kw / 2)], two per byte
-    weight_scale      float32 [N, 1(, 1, 1)], buffer
+    weight            int8 [N, K] or [N, C, (kt,) kh, kw], a frozen `nn.Parameter` (offloading moves parameters);
+                      4-bit codes are uint8 [N, ceil(K / 2)], K the product of all but the first, two per byte
+    weight_scale      float32 [N, 1, ...], buffer
     bias              [N], float parameter (where there is one)
     input_shift, input_scale   float32 [K], buffers, SCRI (where calibrated)
     activation_scale  float32 [1], buffer (static activations only); [G] per range of timesteps, [F] per video frame
@@ -21,12 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvd_core.clock import SamplingClock
-from qvd_core.ops import int8_conv2d, int8_linear, quantize_activation, semantics
+from qvd_core.ops import (
+    KITCHEN,
+    WEIGHT_ONLY,
+    integer_backend,
+    kitchen,
+    library,
+    resolve_backend,
+    semantics,
+    weight_only_linear,
+)
 from qvd_core.packing import unpack_int4
 from qvd_core.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qvd_core.plan import LayerPlan
+    from qvd_core.shared_input import SharedInput
 
 FLOAT32_BUFFERS = (
     "weight_scale",
@@ -115,6 +125,8 @@ class QuantizedLayer(nn.Module):
 class QuantLinear(QuantizedLayer, nn.Linear):
     """int8 linear: y = int8((x - z) / s) @ int8(W)^T, dequantized, + bias. METHOD 3.8."""
 
+    shared_input: SharedInput | None = None  # with the layers that read the same input and code it alike
+
     def __init__(self, source: nn.Linear, plan: LayerPlan, spec: QuantSpec, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.in_features, self.out_features = source.in_features, source.out_features
@@ -123,29 +135,59 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] of any float dtype -> [..., N] of the same dtype."""
         rows = input.reshape(-1, self.in_features)
-        codes, step = quantize_activation(
-            rows,
-            self.input_shift,
-            self.input_scale,
-            self.static_step(len(rows)),
-            self.spec.activation_bits,
-            self.plan.rotation,
-        )
-        weight = self.weight_codes()
-        out = int8_linear(codes, step, weight, self.weight_scale, self.bias, input.dtype, self.spec.backend)
+        backend = resolve_backend(self.spec.backend, input.device, rows.shape[0])
+        if backend == WEIGHT_ONLY:
+            out = self._weight_only(rows)
+        elif backend == KITCHEN and self._is_plain():
+            out = kitchen.token_linear(rows, self.weight, self.weight_scale, self.bias, input.dtype)
+        else:
+            backend = integer_backend(backend, input.device) if backend == KITCHEN else backend
+            codes, step = self._quantize(input, rows, backend)
+            factors = (self.weight, self.weight_scale, self.bias)
+            out = library.int8_linear(codes, step, *factors, None, None, input.dtype, backend)
         return out.view(*input.shape[:-1], self.out_features)
+
+    def _quantize(self, input: Tensor, rows: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        if self.shared_input is not None:
+            return self.shared_input.quantize(input, backend, lambda: self._code(rows, backend))
+        return self._code(rows, backend)
+
+    def _code(self, rows: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        shift, scale, step = self.input_shift, self.input_scale, self.static_step(rows.shape[0])
+        bits, rotation = self.spec.activation_bits, self.plan.rotation
+        return library.quantize_activation(rows, shift, scale, step, bits, rotation, backend)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.shared_input = None  # the others of its group may be loaded with something else
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _is_plain(self) -> bool:
+        transformed = self.input_shift is not None or self.input_scale is not None or self.plan.rotation
+        eight_bits = self.weight_bits > 4 and self.spec.activation_bits == 8
+        return eight_bits and not transformed and self.activation_scale is None
+
+    def _weight_only(self, rows: Tensor) -> Tensor:
+        transformed = semantics.transform(rows, self.input_shift, self.input_scale, self.plan.rotation)
+        return weight_only_linear(transformed, self.weight, self.weight_scale, self.bias, rows.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {_describe(self)}"
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """int8 2-D convolution with SCRI per input channel; dynamic steps are per image.
+class QuantConvolution(QuantizedLayer):
+    """What the int8 convolutions share: SCRI per input channel; dynamic steps are per image (per clip in 3-D).
 
     The input is zero-padded before it is shifted: the border holds the code of zero, and the bias fold is exact there.
     """
 
-    def __init__(self, source: nn.Conv2d, plan: LayerPlan, spec: QuantSpec, dtype: torch.dtype):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(self, source: nn.Conv2d | nn.Conv3d, plan: LayerPlan, spec: QuantSpec, dtype: torch.dtype):
         nn.Module.__init__(self)
         for name in (
             "in_channels",
@@ -164,38 +206,43 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         self._allocate(spec, plan, source.weight.shape, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [B, C, H, W] of any float dtype -> [B, N, H', W'] of the same dtype."""
-        padded = F.pad(input, self._reversed_padding_repeated_twice)
-        pixels = padded.permute(0, 2, 3, 1).reshape(padded.shape[0], -1, self.in_channels)
-        codes, step = self._quantize(pixels)
-        images = codes.view(padded.shape[0], *padded.shape[2:], self.in_channels).permute(0, 3, 1, 2)
-        return int8_conv2d(
-            images,
-            step,
-            self.weight_codes(),
-            self.weight_scale,
-            self.bias,
-            self.stride,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            input.dtype,
-            self.spec.backend,
-        )
-
-    def _quantize(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [B, P, C] -> codes int8 [B, P, C] and the step [B, 1, 1, 1] or [1]."""
+        """input [B, C, (T,) H, W] of any float dtype -> [B, N, (T',) H', W'] of the same dtype."""
+        backend = resolve_backend(self.spec.backend, input.device)
+        if backend == WEIGHT_ONLY:
+            return self._weight_only(input)
+        backend = integer_backend(backend, input.device) if backend == KITCHEN else backend
+        shift, scale, step = self.input_shift, self.input_scale, self.static_step(input.shape[0])
         bits, rotation = self.spec.activation_bits, self.plan.rotation
-        step = self.static_step(len(pixels))
-        if step is not None:
-            step = step.unsqueeze(-1) if step.dim() == 2 else step
-            codes, step = quantize_activation(pixels, self.input_shift, self.input_scale, step, bits, rotation)
-            return codes, step.unsqueeze(-1) if step.dim() == 3 else step
-        transformed = semantics.transform(pixels, self.input_shift, self.input_scale, rotation)
-        step = semantics.token_step(transformed, bits, dims=(-2, -1))
-        return semantics.encode(transformed, step, bits), step.unsqueeze(-1)
+        padding = list(self._reversed_padding_repeated_twice)
+        codes, step = library.quantize_image(input, shift, scale, step, bits, rotation, padding, backend)
+        factors = (self.weight, self.weight_scale, self.bias)
+        sizes = (list(self.kernel_size), list(self.stride), list(self.dilation))
+        return library.int8_conv(codes, step, *factors, *sizes, input.dtype, backend)
+
+    def _weight_only(self, input: Tensor) -> Tensor:
+        padded = F.pad(input, self._reversed_padding_repeated_twice).movedim(1, -1)
+        transformed = semantics.transform(padded, self.input_shift, self.input_scale, self.plan.rotation)
+        weight, bias = self.dequantized_weight().to(input.dtype), self.bias
+        convolve = F.conv2d if input.dim() == 4 else F.conv3d
+        return convolve(
+            transformed.movedim(-1, 1).to(input.dtype),
+            weight,
+            None if bias is None else bias.to(input.dtype),
+            stride=self.stride,
+            dilation=self.dilation,
+        )
 
     def extra_repr(self) -> str:
         size, stride = self.kernel_size, self.stride
         return f"{self.in_channels}, {self.out_channels}, kernel_size={size}, stride={stride}, {_describe(self)}"
+
+
+class QuantConv2d(QuantConvolution, nn.Conv2d):
+    """int8 2-D convolution."""
+
+
+class QuantConv3d(QuantConvolution, nn.Conv3d):
+    """int8 3-D convolution: of a video's frames, or over time alone."""
 
 
 def _describe(layer: QuantizedLayer) -> str:

@@ -6,6 +6,7 @@ sampled rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvd_core.clock import SamplingClock
+from qvd_core.ops.backend import output_size
 from qvd_core.spec import MOST_BUCKETS
 
 ROWS_PER_CALL = 64
@@ -61,7 +63,7 @@ class InputObserver:
     """Per-channel min and max (with the zeros of a padding) per timestep bucket, the mean, and a uniform sample of the
     rows a layer multiplies.
 
-    For a linear, rows are tokens [K]; for a convolution they are unfolded patches [C * kh * kw].
+    For a linear, rows are tokens [K]; for a convolution they are unfolded patches [C * taps].
     frame_order: how the rows run through the video frames ("major" or "minor", see `SamplingClock`); with it, ranges
         are kept per frame too, as long as every call has the same number of frames.
     """
@@ -87,7 +89,7 @@ class InputObserver:
         self._keys: Tensor | None = None  # reservoir sampling: the rows with the largest random keys stay
 
     def observe(self, x: Tensor) -> None:
-        """Take in one input [..., K] (linear) or [B, C, H, W] (convolution)."""
+        """Take in one input [..., K] (linear) or [B, C, (T,) H, W] (convolution)."""
         x = x.detach()
         if x.numel() == 0:
             return
@@ -144,12 +146,12 @@ class InputObserver:
 
     def _channel_ranges(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ranges [R, K] of each row (linear) or image (convolution)."""
-        if not isinstance(self.module, nn.Conv2d):
+        if not isinstance(self.module, nn.Conv2d | nn.Conv3d):
             rows = x.reshape(-1, x.shape[-1])
             if self.frame_order is None:
                 return rows.amin(dim=0, keepdim=True).float(), rows.amax(dim=0, keepdim=True).float()
             return rows.float(), rows.float()
-        low, high = x.amin(dim=(2, 3)).float(), x.amax(dim=(2, 3)).float()
+        low, high = x.flatten(2).amin(dim=2).float(), x.flatten(2).amax(dim=2).float()
         if any(self.module._reversed_padding_repeated_twice):  # the padding is quantized with the image
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         return low, high
@@ -186,7 +188,7 @@ class InputObserver:
 
     def _some_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `ROWS_PER_CALL` rows float32, and their frames int64 (-1: unknown)."""
-        if isinstance(self.module, nn.Conv2d):
+        if isinstance(self.module, nn.Conv2d | nn.Conv3d):
             image = int(torch.randint(len(x), (1,), generator=self.generator))
             rows = _patches(x[image : image + 1].float(), self.module, self._choose)
             return rows, self._frames_of(len(x))[image].expand(len(rows))
@@ -206,15 +208,21 @@ class InputObserver:
 
 def _channels_last(x: Tensor, module: nn.Module) -> Tensor:
     """[rows, channels] of a layer input."""
-    pixels = x.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else x
+    pixels = x.movedim(1, -1) if isinstance(module, nn.Conv2d | nn.Conv3d) else x
     return pixels.reshape(-1, pixels.shape[-1])
 
 
-def _patches(image: Tensor, module: nn.Conv2d, choose: Callable[[int], Tensor]) -> Tensor:
-    """Chosen patches [P, C * kh * kw] of one image [1, C, H, W], as the convolution sees them."""
-    padded = F.pad(image, module._reversed_padding_repeated_twice)
-    unfolded = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)[0].T
-    return unfolded[choose(len(unfolded)).to(unfolded.device)]
+def _patches(image: Tensor, module: nn.Conv2d | nn.Conv3d, choose: Callable[[int], Tensor]) -> Tensor:
+    """Chosen patches [P, C * taps] of one image [1, C, *space], as the convolution sees them."""
+    pixels = F.pad(image[0], module._reversed_padding_repeated_twice).movedim(0, -1)
+    size = output_size(pixels.shape[:-1], module.kernel_size, module.stride, module.dilation)
+    chosen = choose(math.prod(size)).to(image.device)
+    index = []
+    for axis, place in enumerate(torch.unravel_index(chosen, size)):
+        taps = torch.arange(module.kernel_size[axis], device=image.device) * module.dilation[axis]
+        along_axis = [-1 if other == axis else 1 for other in range(len(size))]
+        index.append((place.unsqueeze(1) * module.stride[axis] + taps).view(len(chosen), *along_axis))
+    return pixels[tuple(index)].movedim(-1, 1).flatten(1)  # [P, *kernel, C] before
 
 
 class FeatureObserver:

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvd_core.errors import QVDError
-from qvd_core.ops.semantics import code_limit
 
-_LIMIT = code_limit(4)
+_LIMIT = 7  # a symmetric grid of 4 bits
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ from qvd_core.steps import fewer_buckets
 
 logger = logging.getLogger(__name__)
 
-LayerKind = Literal["linear", "conv2d", "temporal"]
+LayerKind = Literal["linear", "conv2d", "conv3d", "temporal"]
 OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
 StepsBy = Literal["layer", "timestep", "major", "minor"]
+
+_KINDS: dict[type[nn.Module], LayerKind] = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 TEMPORAL_WEIGHT_BITS = 8  # a temporal weight is read once per timestep: fewer bits would save no time
 
@@ -53,11 +55,11 @@ class LayerPlan:
 
 
 def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dict[str, nn.Module]:
-    """Every linear and 2-D convolution of `model` that `family` and `spec` let go to int8, by name, in model order.
+    """Every linear and convolution of `model` that `family` and `spec` let go to int8, by name, in model order.
 
-    Only exact `nn.Linear` / `nn.Conv2d` are taken: a subclass may compute something else.
+    Only exact classes are taken: a subclass may compute something else.
     """
-    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    candidates = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
     generic = not family.classes
     outermost = set(list(candidates)[:1] + list(candidates)[-1:]) if generic and len(candidates) > 2 else set()
     return {
@@ -186,7 +188,7 @@ def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | N
     folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled or spec.portable)
     steps, steps_by = _plan_steps(name, spec, calibrated)
     return LayerPlan(
-        "conv2d" if isinstance(module, nn.Conv2d) else "linear",
+        _KINDS[type(module)],
         _present(
             bias=module.bias is not None or folds_into_bias,
             input_shift=shifted,
@@ -287,7 +289,7 @@ def _present(**tensors: bool) -> tuple[OptionalTensor, ...]:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
         return module.in_channels, module.out_channels
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
@@ -295,7 +297,9 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Grouped, circular or reflecting convolutions are left alone."""
-    return not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros")
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return True
 
 
 def _has_codebook(scales: Scales | None, name: str) -> bool:

@@ -12,7 +12,7 @@ RangeMode = Literal["search", "minmax", "quantile"]
 Rounding = Literal["auto", "nearest", "gptq"]
 TemporalMode = Literal["table", "online", "none"]
 TemporalQuantizerName = Literal["auto", "logk", "log2", "power", "mix", "uniform", "channel"]
-BackendName = Literal["auto", "reference", "emulated"]
+BackendName = Literal["auto", "reference", "emulated", "cpu", "int_mm", "triton", "weight_only", "comfy_kitchen"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
@@ -51,7 +51,8 @@ class QuantSpec:
     auto_keep: keep the layers that calibration found most sensitive in full precision: those that fit into a share of
         the weights (below 1), or every layer that alone brings the model's output below so many dB (1 and above).
     modules_to_not_convert: layer names, or whole-part prefixes of them, that stay in full precision.
-    backend: which implementation of the int8 operators runs; "auto" picks the fastest exact one.
+    backend: which implementation of the int8 operators runs; "auto" picks the fastest exact one for each device and
+        shape, "weight_only" multiplies unquantized activations with decoded weights (for its memory alone).
 
     Raises ValueError for any value outside these sets.
     """

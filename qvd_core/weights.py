@@ -21,7 +21,7 @@ _CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes int8, shape of the weight; scale float32 [N, 1(, 1, 1)]: weight ~ codes * scale."""
+    """codes int8, shape of the weight; scale float32 [N, 1, ...]: weight ~ codes * scale."""
 
     codes: Tensor
     scale: Tensor
@@ -72,7 +72,7 @@ def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> QuantizedW
 
 
 def per_input_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """Reshape values [K] so that they multiply the input channels of a weight [N, K] or [N, K, kh, kw]."""
+    """Reshape values [K] so that they multiply the input channels of a weight [N, K] or [N, K, *kernel]."""
     return values.view(1, -1, *[1] * (weight.dim() - 2))
 
 

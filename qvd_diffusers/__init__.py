@@ -3,11 +3,12 @@
 from qvd_core.errors import QVDError
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
+from qvd_diffusers.attention import set_attention
 from qvd_diffusers.config import QVDConfig
 from qvd_diffusers.pipeline import calibrate
 from qvd_diffusers.quantizer import QVDQuantizer
 from qvd_diffusers.registration import register
 
-__all__ = ["QVDConfig", "QVDError", "QVDQuantizer", "QuantSpec", "Scales", "calibrate", "register"]
+__all__ = ["QVDConfig", "QVDError", "QVDQuantizer", "QuantSpec", "Scales", "calibrate", "register", "set_attention"]
 
 register()

@@ -22,6 +22,7 @@ from qvd_core.errors import QVDError
 from qvd_core.quality import psnr, ssim
 from qvd_core.spec import Activation, Rounding
 from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
+from qvd_diffusers.kernels import describe_kernels
 from qvd_diffusers.listing import describe, megabytes, read_json, recorded_method, table
 from qvd_diffusers.pipeline import calibrate
 from qvd_diffusers.sampling import check_call, check_prompts, models_of, sample_all
@@ -70,12 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(command)
     command.add_argument("--scales", type=Path, help="scales file from `qvd calibrate`; default: data-free")
     command.add_argument("--component", help="which component to quantize; default: every denoiser")
+    command.add_argument("--attention", metavar="NAME", help="auto, or a diffusers attention backend, to record")
     _add_loading(command)
     command.add_argument("--out", required=True, type=Path, help="folder to write; must not exist or be empty")
     command.add_argument("--force", action="store_true", help="replace the folder --out if there is one")
 
     command = _command(commands, "inspect", run_inspect, "list the layers of a quantized folder or of a scales file")
     command.add_argument("path", type=Path, help="pipeline folder, model folder or scales file")
+    command.add_argument("--kernels", action="store_true", help="what would run on this machine, and why, per shape")
+    command.add_argument("--device", default="cpu", help="with --kernels: the device to ask for (default: cpu)")
 
     command = _command(commands, "compare", run_compare, "sample two pipelines from the same noise: PSNR and SSIM")
     command.add_argument("reference", help="folder or Hub name of the full-precision pipeline")
@@ -149,7 +153,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
 
 def run_quantize(options: argparse.Namespace) -> None:
     """`qvd quantize`."""
-    config = config_of(options, scales=options.scales, components=options.component)
+    config = config_of(options, scales=options.scales, components=options.component, attention=options.attention)
     refuse_output(options.out, options.pipeline, options.force)
     refuse_quantized_folder(Path(options.pipeline), [options.component] if options.component else DENOISERS)
     with staging(options.out) as folder:
@@ -174,7 +178,7 @@ def quantize_into(folder: Path, config: QVDConfig, options: argparse.Namespace) 
 
 def run_inspect(options: argparse.Namespace) -> None:
     """`qvd inspect`."""
-    print(describe(options.path))
+    print(describe_kernels(options.path, options.device) if options.kernels else describe(options.path))
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
@@ -27,6 +28,9 @@ except ImportError:  # transformers is optional: without it there is no text enc
 
 FORMAT_VERSION = 1
 """Version of the entry written to config.json; raised when an older reader would compute something else."""
+
+ATTENTION_NOTE = "_attention"
+"""Where config.json keeps `attention`."""
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Pipeline components that are quantized unless the user names others."""
@@ -56,6 +60,8 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     scales: calibrated scales, as returned by `qvd_diffusers.calibrate`, or the path of the file they were saved to.
         Without them the quantization is data-free: no shift and no scale per channel, and dynamic activations only.
     components: at pipeline level, the components to quantize; default: the denoisers the pipeline has.
+    attention: None for the model's own attention; "auto" for 8-bit attention by an installed SageAttention, wherever it
+        can run; or the name of a diffusers attention backend. See `qvd_diffusers.set_attention`.
     compute_dtype: type of everything that stays in floating point when `torch_dtype` is not given; default float32.
 
     Raises QVDError (a ValueError) for settings that do not exist or do not fit together.
@@ -80,6 +86,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     scales: Scales | str | os.PathLike[str] | None = None
     components: Sequence[str] | None = None
     compute_dtype: torch.dtype | str | None = None
+    attention: str | None = None
     layers: dict[str, Any] | None = dataclasses.field(default=None, init=False)
     """The plan of a quantized model, written to config.json so that a reload needs nothing else."""
     version: int = dataclasses.field(default=FORMAT_VERSION, init=False)
@@ -91,6 +98,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
             self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
         self.components = _checked_components(self.components)
         self.compute_dtype = _checked_dtype(self.compute_dtype)
+        self.attention = checked_attention(self.attention)
         _check_scales(self.scales)
         try:
             self.spec  # noqa: B018  (building it validates every quantization setting)
@@ -151,6 +159,9 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
             entry["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         if self.components is not None:
             entry["components"] = list(self.components)
+        if self.attention is not None:
+            # A note: a reader that does not know it computes the same with the model's own attention.
+            entry[ATTENTION_NOTE] = self.attention
         if self.layers is not None:
             entry["layers"] = copy.deepcopy(self.layers)
         return entry
@@ -158,7 +169,11 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict` without what equals the defaults and without the list of layers: short enough for a log line."""
         defaults = {**QuantSpec().to_dict(), "version": FORMAT_VERSION}
-        return {key: value for key, value in self.to_dict().items() if key != "layers" and value != defaults.get(key)}
+        return {
+            key.removeprefix("_"): value
+            for key, value in self.to_dict().items()
+            if key != "layers" and value != defaults.get(key)
+        }
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -169,6 +184,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         Raises QVDError for a newer version, for another method, and for an unknown setting that is switched on.
         """
         entry = dict(config_dict)
+        recorded = entry.pop(ATTENTION_NOTE, None)
         _check_origin(entry.pop("quant_method", QVDMethod.QVD), entry.pop("version", FORMAT_VERSION))
         layers = entry.pop("layers", None)
         known = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -178,6 +194,8 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         if layers is not None and not isinstance(layers, Mapping):
             raise QVDError(f"quantization_config: 'layers' is a {type(layers).__name__}; the file is damaged.")
         config.layers = copy.deepcopy(dict(layers)) if layers is not None else None
+        if isinstance(recorded, str):
+            config.attention = recorded  # unchecked: another diffusers may know other backends
         return (config, kwargs) if return_unused_kwargs else config
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -234,6 +252,17 @@ def _checked_dtype(dtype: Any) -> torch.dtype | None:
     if value is None or value in COMPUTE_DTYPES.values():
         return value
     raise QVDError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}.")
+
+
+def checked_attention(attention: Any) -> str | None:
+    """`attention` in lower case when it is None, "auto" or a name diffusers knows. Raises QVDError otherwise."""
+    known = [backend.value for backend in AttentionBackendName]
+    if attention is None:
+        return None
+    name = attention.value if isinstance(attention, AttentionBackendName) else attention
+    if isinstance(name, str) and name.lower() in ("auto", *known):
+        return name.lower()
+    raise QVDError(f"attention must be None, 'auto' or a diffusers backend ({', '.join(known)}), got {attention!r}.")
 
 
 def _check_scales(scales: Any) -> None:

@@ -44,12 +44,7 @@ def describe(path: str | Path) -> str:
     path = Path(path)
     if path.is_file():
         return describe_scales(Scales.load(path))
-    if not path.is_dir():
-        raise QVDError(f"{path} does not exist: give a pipeline folder, a model folder or a scales file.")
-    folders = quantized_folders(path)
-    if not folders:
-        raise QVDError(f"{path} holds no model quantized by QVD (no config.json with quant_method 'qvd').")
-    return "\n\n".join(describe_model(folder) for folder in folders)
+    return "\n\n".join(describe_model(folder) for folder in quantized_folders(path))
 
 
 def recorded_method(folder: Path) -> str | None:
@@ -59,13 +54,23 @@ def recorded_method(folder: Path) -> str | None:
 
 
 def quantized_folders(path: Path) -> list[Path]:
-    """The folder itself, or the denoisers below it, as far as QVD quantized them."""
-    return [folder for folder in (path, *(path / name for name in DENOISERS)) if recorded_method(folder) == "qvd"]
+    """The folder itself, or the denoisers below it, as far as QVD quantized them. Raises QVDError for none."""
+    if not path.is_dir():
+        raise QVDError(f"{path} does not exist: give a pipeline folder, a model folder or a scales file.")
+    folders = [folder for folder in (path, *(path / name for name in DENOISERS)) if recorded_method(folder) == "qvd"]
+    if not folders:
+        raise QVDError(f"{path} holds no model quantized by QVD (no config.json with quant_method 'qvd').")
+    return folders
+
+
+def recorded_config(folder: Path) -> QVDConfig:
+    """The quantization settings and the plan that a quantized model's folder records."""
+    return QVDConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
 
 
 def describe_model(folder: Path) -> str:
     """One line per quantized layer, and the sums."""
-    config = QVDConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    config = recorded_config(folder)
     plan = plan_from_dict(config.layers or {})
     tensors = read_headers(folder)
     per_layer: dict[str, list[Stored]] = {name: [] for name in plan}
@@ -86,6 +91,8 @@ def describe_model(folder: Path) -> str:
     )
     kept = [name for name, stored in tensors.items() if split_name(name)[0] not in plan and len(stored.shape) > 1]
     rest = f"Kept in floating point: {', '.join(sorted(kept)) or 'nothing'}."
+    if config.attention is not None:
+        rest += f"\nAttention: {config.attention!r} is recorded; what it means here: qvd inspect --kernels."
     return f"{table(('layer', 'kind', 'weight', 'beside it', 'bytes'), rows)}\n{summary}\n{rest}"
 
 
@@ -96,12 +103,18 @@ def _float_elements(name: str, stored: Stored, plan: Mapping[str, LayerPlan]) ->
 
 
 def _layer_row(name: str, layer: LayerPlan, tensors: Mapping[str, Stored], own: Sequence[Stored]) -> tuple[str, ...]:
-    weight = tensors.get(f"{name}.weight")
-    if weight is None:
-        raise QVDError(f"config.json plans layer {name}, the weights file has no {name}.weight: it is incomplete.")
+    weight = stored_weight(name, tensors)
     shape = "x".join(map(str, weight.shape))
     size = sum(stored.bytes for stored in own)
     return (name, layer.kind, f"{weight.dtype} {shape}", ", ".join(plan_to_list(layer)[1:]) or "-", str(size))
+
+
+def stored_weight(name: str, tensors: Mapping[str, Stored]) -> Stored:
+    """The weight of a planned layer. Raises QVDError when the file lacks it."""
+    weight = tensors.get(f"{name}.weight")
+    if weight is None:
+        raise QVDError(f"config.json plans layer {name}, the weights file has no {name}.weight: it is incomplete.")
+    return weight
 
 
 def describe_scales(scales: Scales) -> str:

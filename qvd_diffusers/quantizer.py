@@ -26,7 +26,9 @@ from qvd_core.errors import QVDError
 from qvd_core.layers import FLOAT32_BUFFERS, QuantizedLayer
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
 from qvd_core.scales import Scales
+from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
+from qvd_diffusers.attention import AUTO, apply_attention, require_backend, restore_attention
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.streaming import (
     Device,
@@ -86,6 +88,8 @@ class QVDQuantizer(DiffusersQuantizer):
                 "device_map sends layers to disk, which would write them there unquantized: "
                 "use a device_map without 'disk', or enable_group_offload after loading."
             )
+        if not self.pre_quantized and self.quantization_config.attention not in (None, AUTO):
+            require_backend(self.quantization_config.attention)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Never None: for None diffusers casts float weights to the type of the int8 placeholder, that is to zeros."""
@@ -228,11 +232,14 @@ class QVDQuantizer(DiffusersQuantizer):
         self._tick_off(model, param_name)
 
     def _tick_off(self, model: nn.Module, name: str) -> None:
-        """After the last tensor the temporal codes are fitted: here, because diffusers dispatches the model next."""
+        """What needs the whole model follows the last tensor: here, because diffusers dispatches the model next."""
         with self._lock:
             self._outstanding.discard(name)
-            if not self._outstanding and self._encoder is not None:
+            if self._outstanding:
+                return
+            if self._encoder is not None:
                 fit_temporal_layers(model, self.spec)
+            share_inputs(model)
 
     # The loaded model
 
@@ -251,6 +258,8 @@ class QVDQuantizer(DiffusersQuantizer):
         self._encoder = None
         # An attribute of the config would be lost on saving; only registered entries are written.
         model.register_to_config(quantization_config=config)
+        if config.attention is not None:
+            (restore_attention if self.pre_quantized else apply_attention)(model, config.attention)
         return model
 
     def _dequantize(self, model: Any) -> Any:

@@ -61,7 +61,7 @@ class Family:
     frames_dim: which dimension of the latents counts the frames; None where the latents come as a flat sequence.
     frame_order: (layer pattern, order), first match counts: the frame of row m of the M flattened input rows of a
         layer (of a convolution: its pixels), for B latents of F frames. "major": (m // (M / (B * F))) % F;
-        "minor": m % F. Layers without a match mix text in, or were not looked at.
+        "minor": m % F. None, or no match: the layer mixes frames or text in, or was not looked at.
     folds: where shift and scale can move into the producer of a layer's input.
     """
 
@@ -76,7 +76,7 @@ class Family:
     timestep_argument: str = "timestep"
     sample_argument: str = "hidden_states"
     frames_dim: int | None = None
-    frame_order: tuple[tuple[str, FrameOrder], ...] = ()
+    frame_order: tuple[tuple[str, FrameOrder | None], ...] = ()
     folds: tuple[Fold, ...] = ()
     minimum_features: int = 1
 

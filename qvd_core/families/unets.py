@@ -68,7 +68,11 @@ SVD = Family(
     ),
     sample_argument="sample",
     frames_dim=1,
-    frame_order=((f"{_SPATIAL}.temporal_transformer_blocks.**", "minor"), ("**", "major")),
+    frame_order=(
+        (f"{_SPATIAL}.temporal_transformer_blocks.**", "minor"),
+        ("**.temporal_res_block.*", None),  # convolutions over time: a clip is one image
+        ("**", "major"),
+    ),
     folds=(
         Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
         Fold("norm", f"{_SPATIAL}.temporal_transformer_blocks.*", ("norm_in",), ("ff_in.net.0.proj",)),

@@ -75,15 +75,15 @@ def transform_inputs(model: nn.Module, remainders: Mapping[str, Transform], pad_
     """What quantized layers do at run time, without rounding: pad, then (x - shift) / scale."""
     for name, remainder in remainders.items():
         layer = model.get_submodule(name)
-        padding = layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d) and pad_first else ()
+        padding = layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d | nn.Conv3d) and pad_first else ()
         if padding:
-            layer.padding = (0, 0)
+            layer.padding = (0,) * len(layer.kernel_size)
         layer.register_forward_pre_hook(partial(_transform_input, remainder, padding), with_kwargs=True)
 
 
 def _transform_input(remainder: Transform, padding, layer, args, kwargs):
     x = F.pad(args[0] if args else kwargs["input"], padding)
-    shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+    shape = (1, -1, *[1] * (x.dim() - 2)) if isinstance(layer, nn.Conv2d | nn.Conv3d) else (-1,)
     x = (x - remainder.shift.view(shape)) / remainder.scale.view(shape)
     return (x,), {key: value for key, value in kwargs.items() if key != "input"}
 

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qvd_core import QuantSpec, QVDError, quantize_model
 from qvd_core.layers import QuantLinear
-from qvd_core.ops import _BACKENDS, int8_conv2d, int8_linear, quantize_activation, resolve_backend
-from qvd_core.ops.semantics import MINIMUM_STEP, code_limit
+from qvd_core.ops import (
+    KITCHEN,
+    WEIGHT_ONLY,
+    available_backends,
+    dispatch,
+    int8_conv,
+    int8_linear,
+    quantize_activation,
+    quantize_image,
+    resolve_backend,
+    weight_only_linear,
+)
+from qvd_core.ops.backend import output_size
+from qvd_core.ops.semantics import MINIMUM_STEP, code_limit, transform
+from qvd_core.packing import pack_int4
 
-backends = pytest.mark.parametrize("backend", sorted(_BACKENDS))
+backends = pytest.mark.parametrize("backend", available_backends("cpu"))
 ONE = torch.ones(1)
 
 
@@ -21,18 +39,18 @@ def random_codes(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-def integer_conv2d(codes: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """int64, tap by tap."""
-    height = (codes.shape[2] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
-    width = (codes.shape[3] - dilation[1] * (weight.shape[3] - 1) - 1) // stride[1] + 1
-    total = torch.zeros(len(codes), len(weight), height, width, dtype=torch.int64)
-    for y in range(weight.shape[2]):
-        for x in range(weight.shape[3]):
-            rows = slice(y * dilation[0], y * dilation[0] + (height - 1) * stride[0] + 1, stride[0])
-            columns = slice(x * dilation[1], x * dilation[1] + (width - 1) * stride[1] + 1, stride[1])
-            window = codes[:, :, rows, columns].long()
-            total += (window[:, None] * weight[None, :, :, y, x, None, None].long()).sum(dim=2)
-    return total
+def integer_conv(codes: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """int64 [B, N, *out] of codes [B, *space, C] and weight [N, C, *kernel], tap by tap."""
+    kernel = weight.shape[2:]
+    size = output_size(codes.shape[1:-1], kernel, stride, dilation)
+    total = torch.zeros(len(codes), *size, len(weight), dtype=torch.int64)
+    for tap in product(*map(range, kernel)):
+        window = tuple(
+            slice(place * gap, place * gap + (extent - 1) * hop + 1, hop)
+            for place, gap, hop, extent in zip(tap, dilation, stride, size, strict=True)
+        )
+        total += codes[(slice(None), *window)].long() @ weight[(slice(None), slice(None), *tap)].long().T
+    return total.movedim(-1, 1)
 
 
 @backends
@@ -40,7 +58,7 @@ class TestInt8Linear:
     @staticmethod
     def integer_sum(codes: Tensor, weight: Tensor, backend: str) -> Tensor:
         """What is left of the operator with steps of one: the integer sum as float32."""
-        return int8_linear(codes, ONE, weight, torch.ones(len(weight), 1), None, torch.float32, backend)
+        return int8_linear(codes, ONE, weight, torch.ones(len(weight), 1), None, torch.float32, backend=backend)
 
     @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (1, 1024, 3), (5, 1025, 2), (2, 3073, 3), (17, 64, 33)])
     def test_random_codes(self, backend, shape):
@@ -62,20 +80,38 @@ class TestInt8Linear:
         step = torch.tensor([[0.5], [1e-20], [3.0], [1e-3]])
         scale, bias = torch.linspace(0.01, 2.0, 5)[:, None], torch.linspace(-3.0, 3.0, 5)
         expected = (codes.double() @ weight.double().T) * step.double() * scale.double().T + bias.double()
-        out = int8_linear(codes, step, weight, scale, bias, torch.float32, backend)
+        out = int8_linear(codes, step, weight, scale, bias, torch.float32, backend=backend)
         torch.testing.assert_close(out.double(), expected, rtol=3e-7, atol=1e-6)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_rounds_to_the_output_type_once(self, backend, dtype):
         codes, weight = random_codes(4, 33), random_codes(5, 33, seed=1)
         arguments = (codes, ONE * 1e-3, weight, torch.ones(5, 1), torch.ones(5, dtype=dtype))
-        out = int8_linear(*arguments, dtype, backend)
+        out = int8_linear(*arguments, dtype, backend=backend)
         assert out.dtype == dtype
-        assert torch.equal(out, int8_linear(*arguments, torch.float32, backend).to(dtype))
+        assert torch.equal(out, int8_linear(*arguments, torch.float32, backend=backend).to(dtype))
 
     def test_no_rows(self, backend):
-        out = int8_linear(random_codes(0, 8), ONE, random_codes(3, 8), torch.ones(3, 1), None, torch.float32, backend)
+        arguments = (random_codes(0, 8), ONE, random_codes(3, 8), torch.ones(3, 1), None, torch.float32)
+        out = int8_linear(*arguments, backend=backend)
         assert out.shape == (0, 3)
+
+    @pytest.mark.parametrize("terms", [1, 7, 64, 1025])
+    def test_four_bit_weights(self, backend, terms):
+        codes = random_codes(5, terms)
+        weight = torch.randint(-7, 8, (6, terms), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+        packed = self.integer_sum(codes, pack_int4(weight), backend)
+        assert torch.equal(packed, (codes.long() @ weight.long().T).float())
+
+    @pytest.mark.parametrize("gates", [1, 2, 6])
+    def test_gate_and_residual(self, backend, gates):
+        """residual + gate * (product + bias), the gate of each run of rows its own."""
+        codes, weight, scale = random_codes(6, 33), random_codes(5, 33, seed=1), torch.rand(5, 1)
+        residual, gate, bias = torch.randn(6, 5), torch.randn(gates, 5), torch.randn(5)
+        arguments = (codes, torch.rand(6, 1), weight, scale, bias, torch.float32)
+        plain = int8_linear(*arguments, backend=backend)
+        out = int8_linear(*arguments, residual=residual, gate=gate, backend=backend)
+        assert torch.equal(out, residual + plain * gate.repeat_interleave(6 // gates, dim=0))
 
     def test_exact_under_autocast(self, backend):
         codes, weight = random_codes(3, 1500), random_codes(4, 1500, seed=1)
@@ -85,47 +121,66 @@ class TestInt8Linear:
 
 
 @backends
-class TestInt8Conv2d:
+class TestInt8Conv:
+    @staticmethod
+    def sums(codes: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], backend: str) -> Tensor:
+        scale = torch.ones(len(weight), *[1] * (weight.dim() - 1))
+        return int8_conv(
+            codes, ONE, weight, scale, None, weight.shape[2:], stride, dilation, torch.float32, backend=backend
+        )
+
     @pytest.mark.parametrize(
         ("images", "weights", "stride", "dilation"),
         [
             ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (1, 1)),
-            ((2, 3, 7, 6), (4, 3, 3, 3), (1, 1), (1, 1)),
-            ((1, 5, 9, 8), (2, 5, 3, 2), (2, 3), (1, 1)),
-            ((1, 4, 9, 9), (3, 4, 3, 3), (1, 2), (2, 3)),
-            ((1, 115, 4, 4), (2, 115, 3, 3), (1, 1), (1, 1)),  # 1035 terms: just above what float32 holds
-            ((1, 1500, 2, 3), (2, 1500, 1, 1), (1, 1), (1, 1)),
-            ((1, 2, 40, 40), (1, 2, 40, 40), (1, 1), (1, 1)),  # more taps in one channel than float32 holds
+            ((2, 7, 6, 3), (4, 3, 3, 3), (1, 1), (1, 1)),
+            ((1, 9, 8, 5), (2, 5, 3, 2), (2, 3), (1, 1)),
+            ((1, 9, 9, 4), (3, 4, 3, 3), (1, 2), (2, 3)),
+            ((1, 4, 4, 115), (2, 115, 3, 3), (1, 1), (1, 1)),  # 1035 terms: just above what float32 holds
+            ((1, 2, 3, 1500), (2, 1500, 1, 1), (1, 1), (1, 1)),
+            ((1, 40, 40, 2), (1, 2, 40, 40), (1, 1), (1, 1)),  # more taps in one channel than float32 holds
+            ((2, 5, 3, 4, 16), (3, 16, 3, 1, 1), (1, 1, 1), (1, 1, 1)),
+            ((1, 5, 7, 6, 3), (4, 3, 3, 2, 3), (1, 2, 1), (2, 1, 2)),
+            ((1, 4, 8, 8, 130), (5, 130, 1, 2, 2), (1, 2, 2), (1, 1, 1)),
         ],
     )
     @pytest.mark.parametrize("extreme", [False, True])
     def test_integer_sum(self, backend, images, weights, stride, dilation, extreme):
         codes, weight = random_codes(*images), random_codes(*weights, seed=1)
         if extreme:
-            codes = torch.where(codes > -100, torch.full_like(codes, -128), torch.full_like(codes, -127))
-            weight = torch.where(
-                weight > -100, torch.full_like(codes[:1, :1, :1, :1], -128), torch.full_like(weight, 127)
-            )
-        scale = torch.ones(len(weight), 1, 1, 1)
-        out = int8_conv2d(codes, ONE, weight, scale, None, stride, dilation, torch.float32, backend)
-        assert torch.equal(out, integer_conv2d(codes, weight, stride, dilation).float())
+            codes = torch.where(codes > -100, -128, -127).to(torch.int8)
+            weight = torch.where(weight > -100, -128, 127).to(torch.int8)
+        out = self.sums(codes, weight, stride, dilation, backend)
+        assert out.is_contiguous() and torch.equal(out, integer_conv(codes, weight, stride, dilation).float())
+
+    @pytest.mark.parametrize("weights", [(4, 3, 3, 3), (5, 4, 3, 1, 2)])
+    def test_four_bit_weights(self, backend, weights):
+        kernel = weights[2:]
+        codes = random_codes(2, *[5] * len(kernel), weights[1])
+        weight = torch.randint(-7, 8, weights, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+        ones = [1] * len(kernel)
+        scale, step = torch.rand(len(weight), 1, *ones), torch.rand(2, 1)
+        sizes = (kernel, ones, ones, torch.float32, backend)
+        packed = int8_conv(codes, step, pack_int4(weight), scale, None, *sizes)
+        assert torch.equal(packed, int8_conv(codes, step, weight, scale, None, *sizes))
 
     def test_one_step_per_image(self, backend):
-        codes, weight = random_codes(2, 3, 5, 5), random_codes(4, 3, 3, 3, seed=1)
-        step, scale = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), torch.linspace(0.1, 1.0, 4).view(4, 1, 1, 1)
+        codes, weight = random_codes(2, 5, 5, 3), random_codes(4, 3, 3, 3, seed=1)
+        step, scale = torch.tensor([[0.5], [2.0]]), torch.linspace(0.1, 1.0, 4).view(4, 1, 1, 1)
         bias = torch.linspace(-1.0, 1.0, 4)
-        total = integer_conv2d(codes, weight, (1, 1), (1, 1)).double()
-        expected = total * step.double() * scale.double().view(1, 4, 1, 1) + bias.double().view(1, 4, 1, 1)
-        out = int8_conv2d(codes, step, weight, scale, bias, (1, 1), (1, 1), torch.float32, backend)
+        total = integer_conv(codes, weight, (1, 1), (1, 1)).double()
+        expected = total * step.double().view(2, 1, 1, 1) * scale.double().view(1, 4, 1, 1) + bias.view(1, 4, 1, 1)
+        out = int8_conv(codes, step, weight, scale, bias, (3, 3), (1, 1), (1, 1), torch.float32, backend)
         torch.testing.assert_close(out.double(), expected, rtol=3e-7, atol=1e-6)
 
     def test_exact_under_autocast(self, backend):
-        codes, weight = random_codes(1, 115, 4, 4), random_codes(2, 115, 3, 3, seed=1)
+        codes, weight = random_codes(1, 4, 4, 115), random_codes(2, 115, 3, 3, seed=1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = int8_conv2d(codes, ONE, weight, torch.ones(2, 1, 1, 1), None, (1, 1), (1, 1), torch.float32, backend)
-        assert torch.equal(out, integer_conv2d(codes, weight, (1, 1), (1, 1)).float())
+            out = self.sums(codes, weight, (1, 1), (1, 1), backend)
+        assert torch.equal(out, integer_conv(codes, weight, (1, 1), (1, 1)).float())
 
 
+@backends
 class TestQuantizeActivation:
     @settings(max_examples=40)
     @given(
@@ -136,13 +191,13 @@ class TestQuantizeActivation:
         static=st.booleans(),
         transformed=st.booleans(),
     )
-    def test_against_float64(self, seed, bits, magnitude, dtype, static, transformed):
+    def test_against_float64(self, backend, seed, bits, magnitude, dtype, static, transformed):
         generator = torch.Generator().manual_seed(seed)
         x = (torch.randn(5, 17, generator=generator) * magnitude).to(dtype)
         shift = torch.randn(17, generator=generator) * magnitude if transformed else None
         scale = torch.rand(17, generator=generator) + 0.5 if transformed else None
         static_step = torch.tensor([magnitude / 100]) if static else None
-        codes, step = quantize_activation(x, shift, scale, static_step, bits)
+        codes, step = quantize_activation(x, shift, scale, static_step, bits, backend=backend)
         exact = x.double() if shift is None or scale is None else (x.double() - shift.double()) / scale.double()
         limit = code_limit(bits)
         if static_step is None:
@@ -154,67 +209,167 @@ class TestQuantizeActivation:
         assert codes.dtype == torch.int8 and codes.abs().max() <= limit
         assert (codes.double() - ideal).abs().max() <= 0.5 + 1e-4 * limit
 
-    def test_half_goes_to_even(self):
-        codes, _ = quantize_activation(torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]]), None, None, ONE, 8)
+    def test_half_goes_to_even(self, backend):
+        codes, _ = quantize_activation(
+            torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]]), None, None, ONE, 8, backend=backend
+        )
         assert codes.tolist() == [[-2, -2, 0, 0, 2, 2]]
 
     @pytest.mark.parametrize("bits", range(4, 9))
-    def test_clips_symmetrically(self, bits):
-        codes, _ = quantize_activation(torch.tensor([[-1e30, 1e30, -torch.inf, torch.inf]]), None, None, ONE, bits)
+    def test_clips_symmetrically(self, backend, bits):
+        codes, _ = quantize_activation(
+            torch.tensor([[-1e30, 1e30, -torch.inf, torch.inf]]), None, None, ONE, bits, backend=backend
+        )
         assert codes.tolist() == [[-code_limit(bits), code_limit(bits)] * 2]
 
-    def test_rows_have_steps_of_their_own(self):
+    def test_rows_have_steps_of_their_own(self, backend):
         x = torch.tensor([[1.0, -2.0], [0.0, 0.0], [3e38, -1.0], [1e-30, 0.0]])
-        codes, step = quantize_activation(x, None, None, None, 8)
+        codes, step = quantize_activation(x, None, None, None, 8, backend=backend)
         assert codes.tolist() == [[64, -127], [0, 0], [127, 0], [0, 0]]
         assert step[:, 0].tolist() == pytest.approx([2 / 127, 1e-20, 3e38 / 127, 1e-20])
 
-    def test_input_is_left_alone(self):
+    def test_input_is_left_alone(self, backend):
         x = torch.randn(3, 4)
         before, step = x.clone(), torch.ones(1)
-        _, returned = quantize_activation(x, None, None, step, 8)
+        _, returned = quantize_activation(x, None, None, step, 8, backend=backend)
         assert torch.equal(x, before) and returned.data_ptr() != step.data_ptr()
 
     @pytest.mark.parametrize("static_step", [None, ONE])
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-    def test_nan_reaches_the_output(self, static_step, bad):
+    def test_nan_reaches_the_output(self, backend, static_step, bad):
         """A code cannot say NaN; the step must. (Infinity is clipped by a static grid, as any large value is.)"""
         x = torch.randn(3, 8)
         x[1, 2] = bad
-        codes, step = quantize_activation(x, None, None, static_step, 8)
-        out = int8_linear(codes, step, random_codes(4, 8), torch.ones(4, 1), None, torch.float32)
+        codes, step = quantize_activation(x, None, None, static_step, 8, backend=backend)
+        out = int8_linear(codes, step, random_codes(4, 8), torch.ones(4, 1), None, torch.float32, backend=backend)
         if static_step is None:
             assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
         else:
             assert out[1].isnan().all() == (bad is torch.nan)
 
+    @pytest.mark.parametrize("rotation", [0, 1, 8, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("static", [False, True])
+    def test_same_bits_as_the_semantics(self, backend, rotation, dtype, static):
+        """Codes and steps of every backend are those of the formula in float32, bit for bit."""
+        torch.manual_seed(0)
+        x = (torch.randn(33, 192) * torch.logspace(-3, 3, 33)[:, None]).to(dtype)
+        shift, scale = torch.randn(192), torch.rand(192) + 0.1
+        static_step = torch.rand(33, 1) + 0.01 if static else None
+        arguments = (x, shift, scale, static_step, 8, rotation)
+        codes, step = quantize_activation(*arguments, backend=backend)
+        expected_codes, expected_step = quantize_activation(*arguments, backend="reference")
+        assert torch.equal(step, expected_step) and torch.equal(codes, expected_codes)
+
+
+@backends
+class TestQuantizeImage:
+    @pytest.mark.parametrize("static_step", [None, torch.tensor([0.05]), torch.tensor([[0.05], [0.1]])])
+    @pytest.mark.parametrize(
+        ("shape", "padding"), [((2, 5, 7, 6), (1, 2, 0, 3)), ((2, 8, 3, 4, 5), (0, 0, 1, 1, 2, 0))]
+    )
+    def test_is_the_rows_of_the_padded_image(self, backend, static_step, shape, padding):
+        torch.manual_seed(0)
+        x, shift, scale = torch.randn(shape), torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
+        codes, step = quantize_image(x, shift, scale, static_step, 8, 0, padding, backend)
+        pixels = F.pad(x, padding).movedim(1, -1)
+        moved = transform(pixels, shift, scale).flatten(1)
+        wanted = moved.abs().amax(dim=1, keepdim=True) / 127 if static_step is None else static_step
+        assert torch.equal(step, wanted)
+        ideal = (moved * wanted.reciprocal()).round().clamp(-127, 127).view(pixels.shape)
+        assert codes.is_contiguous() and torch.equal(codes, ideal.to(torch.int8))
+
+    def test_strides_do_not_matter(self, backend):
+        x = torch.randn(2, 6, 5, 4)
+        expected = quantize_image(x, None, None, None, 8, 2, (1, 1, 1, 1), backend)
+        for other in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, x.repeat(1, 1, 1, 2)[..., :4]):
+            codes, step = quantize_image(other, None, None, None, 8, 2, (1, 1, 1, 1), backend)
+            assert torch.equal(codes, expected[0]) and torch.equal(step, expected[1])
+
+    @pytest.mark.parametrize("static_step", [None, ONE])
+    def test_nan_reaches_the_step(self, backend, static_step):
+        x = torch.randn(2, 3, 4, 4)
+        x[1, 2, 3, 1] = torch.nan
+        _, step = quantize_image(x, None, None, static_step, 8, backend=backend)
+        assert step[-1].isnan() and (static_step is not None or not step[0].isnan())
+
+
+def test_weight_only_linear():
+    """The input stays as it is, the weight is decoded: for few rows, and where int8 units are slow."""
+    torch.manual_seed(0)
+    x, weight, scale, bias = torch.randn(3, 10), random_codes(4, 10), torch.rand(4, 1), torch.randn(4)
+    out = weight_only_linear(x, weight, scale, bias, torch.float32)
+    torch.testing.assert_close(out, F.linear(x, weight.float() * scale, bias))
+    codes = torch.randint(-7, 8, (4, 10), dtype=torch.int8)
+    packed = weight_only_linear(x, pack_int4(codes), scale, None, torch.bfloat16)
+    torch.testing.assert_close(packed.float(), F.linear(x, codes.float() * scale), rtol=0.05, atol=0.5)
+
 
 class TestLibrary:
     samples = (
         ("quantize_activation", (torch.randn(5, 8), torch.randn(8), torch.rand(8) + 1, None, 8, 0)),
-        ("quantize_activation", (torch.randn(2, 5, 8).bfloat16(), None, None, torch.ones(1), 6, 0)),
+        ("quantize_activation", (torch.randn(5, 8).bfloat16(), None, None, torch.ones(1), 6, 0)),
         ("quantize_activation", (torch.randn(5, 16), torch.randn(16), None, torch.rand(5, 1), 4, 8)),
-        ("int8_linear", (random_codes(5, 8), torch.ones(5, 1), random_codes(3, 8), torch.ones(3, 1), torch.ones(3))),
-        ("int8_linear", (random_codes(5, 8), torch.ones(1), random_codes(3, 8), torch.ones(3, 1), None)),
+        ("quantize_image", (torch.randn(2, 3, 5, 4), torch.randn(3), None, None, 8, 0, [1, 0, 2, 1])),
+        ("quantize_image", (torch.randn(2, 4, 3, 5, 4), None, torch.rand(4) + 1, torch.ones(1), 8, 2, [0] * 6)),
+        ("int8_linear", (random_codes(5, 8), torch.ones(5, 1), random_codes(3, 8), torch.ones(3, 1), *[None] * 3)),
         (
-            "int8_conv2d",
+            "int8_linear",
             (
-                random_codes(2, 3, 9, 7),
+                random_codes(6, 8),
+                torch.ones(1),
+                torch.zeros(3, 4, dtype=torch.uint8),
+                torch.ones(3, 1),
+                torch.ones(3),
+                torch.randn(6, 3),
+                torch.randn(2, 3),
+            ),
+        ),
+        (
+            "int8_conv",
+            (
+                random_codes(2, 9, 7, 3),
                 torch.ones(1),
                 random_codes(4, 3, 3, 2),
                 torch.ones(4, 1, 1, 1),
                 None,
+                [3, 2],
                 [2, 1],
                 [1, 2],
             ),
         ),
+        ("weight_only_linear", (torch.randn(2, 8), random_codes(3, 8), torch.ones(3, 1), torch.ones(3))),
     )
 
+    @backends
     @pytest.mark.parametrize(("name", "arguments"), samples)
-    def test_opcheck(self, name, arguments):
-        if name != "quantize_activation":
-            arguments = (*arguments, torch.bfloat16, "emulated")
+    def test_opcheck(self, backend, name, arguments):
+        arguments = (*arguments, backend) if name.startswith("quantize") else (*arguments, torch.bfloat16, backend)
         torch.library.opcheck(getattr(torch.ops.qvd, name).default, arguments)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_exports(self, dynamic):
+        """One graph for any batch and length, with the operators in it."""
+        torch.manual_seed(0)
+        model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))).eval()
+        sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},) if dynamic else None
+        program = torch.export.export(model, (torch.randn(2, 30, 64),), dynamic_shapes=sizes)
+        called = [str(node.target) for node in program.graph.nodes if "qvd" in str(node.target)]
+        assert called == ["qvd.quantize_activation.default", "qvd.int8_linear.default"] * 2
+        x = torch.randn(*((3, 41) if dynamic else (2, 30)), 64)
+        with torch.no_grad():
+            assert torch.equal(program.module()(x), model(x))
+
+    @pytest.mark.parametrize(
+        "module", [nn.Conv2d(64, 64, 3, padding=1), nn.Conv3d(64, 64, (3, 1, 1), padding=(1, 0, 0))]
+    )
+    def test_compiled_convolutions(self, module):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = quantize_model(nn.Sequential(module))
+        x = torch.randn(1, 64, *[5] * (module.weight.dim() - 2))
+        with torch.no_grad():
+            assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_compiles_without_graph_breaks(self, backend):
@@ -231,12 +386,12 @@ class TestLibrary:
 class TestBackendChoice:
     def test_auto(self, monkeypatch):
         monkeypatch.delenv("QVD_BACKEND", raising=False)
-        assert resolve_backend() in _BACKENDS and resolve_backend("reference") == "reference"
+        assert resolve_backend() in available_backends("cpu") and resolve_backend("reference") == "reference"
 
-    def test_every_spec_choice_resolves(self):
+    def test_every_spec_choice_is_known(self):
         from qvd_core.spec import _CHOICES
 
-        assert {resolve_backend(name) for name in _CHOICES["backend"]} == set(_BACKENDS)
+        assert set(_CHOICES["backend"]) == {"auto", WEIGHT_ONLY, KITCHEN, *dispatch._BACKENDS}
 
     def test_environment_wins(self, monkeypatch):
         monkeypatch.setenv("QVD_BACKEND", "reference")
@@ -249,14 +404,65 @@ class TestBackendChoice:
     def test_environment_reaches_the_layers(self, monkeypatch):
         model = quantize_model(nn.Sequential(nn.Linear(64, 64)), QuantSpec(backend="emulated"))
         called = []
-        original = _BACKENDS["reference"].integer_linear
-        monkeypatch.setattr(_BACKENDS["reference"], "integer_linear", lambda *a: called.append(1) or original(*a))
+        reference = dispatch.backend("reference")
+        original = reference.integer_linear
+        monkeypatch.setattr(reference, "integer_linear", lambda *a: called.append(1) or original(*a))
         monkeypatch.setenv("QVD_BACKEND", "reference")
         with torch.no_grad():
             model(torch.randn(2, 64))
         assert called
 
+    @pytest.mark.parametrize("module", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1), nn.Conv3d(64, 64, 1)])
+    def test_weight_only_layers(self, module):
+        """No activation is quantized: what remains is the rounding of the weight."""
+        torch.manual_seed(0)
+        x = torch.randn((3, 64) if isinstance(module, nn.Linear) else (2, 64, *[5] * (module.weight.dim() - 2)))
+        layer = quantize_model(nn.Sequential(copy.deepcopy(module)), QuantSpec(backend=WEIGHT_ONLY))[0]
+        twin = copy.deepcopy(module)
+        twin.weight.data = layer.dequantized_weight()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), twin(x), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(("capability", "many", "few"), [((10, 3), WEIGHT_ONLY, WEIGHT_ONLY)])
+    def test_gpus_without_int8_units(self, monkeypatch, capability, many, few):
+        monkeypatch.delenv("QVD_BACKEND", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        dispatch._automatic.cache_clear()
+        try:
+            assert resolve_backend("auto", "cuda:0", 4096) == many and resolve_backend("auto", "cuda:0", 4) == few
+        finally:
+            dispatch._automatic.cache_clear()
+
     def test_unknown_name(self, monkeypatch):
         monkeypatch.setenv("QVD_BACKEND", "cutlass")
         with pytest.raises(QVDError, match="unknown int8 backend 'cutlass'"):
             int8_linear(random_codes(1, 2), ONE, random_codes(1, 2), torch.ones(1, 1), None, torch.float32)
+
+    def test_a_backend_of_another_device(self):
+        with pytest.raises(QVDError, match="'triton', chosen by the layer's setting, cannot run on cpu"):
+            resolve_backend("triton", "cpu")
+
+
+class TestKitchen:
+    def test_absent(self, monkeypatch):
+        monkeypatch.setattr(dispatch.kitchen, "installed", lambda: False)
+        dispatch._chosen.cache_clear()
+        with pytest.raises(QVDError, match="'comfy_kitchen', chosen by the layer's setting, is not installed"):
+            resolve_backend(KITCHEN)
+
+    def test_plain_layers_and_others(self, monkeypatch):
+        """It runs what it can: other layers keep our operators, and the numbers are the same in float32."""
+        kitchen = pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
+        called = []
+        monkeypatch.setattr(kitchen, "int8_linear", lambda *a, f=kitchen.int8_linear: called.append(1) or f(*a))
+        torch.manual_seed(0)
+        x, source = torch.randn(20, 64), nn.Sequential(nn.Linear(64, 64))
+        for bits, uses in ((8, 1), (6, 0)):
+            spec = QuantSpec(activation_bits=bits, backend=KITCHEN)
+            layer = quantize_model(copy.deepcopy(source), spec)[0]
+            with torch.no_grad():
+                out = layer(x)
+                layer.spec = QuantSpec(activation_bits=bits, backend="reference")
+                torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-5)
+            assert len(called) == uses
+            called.clear()

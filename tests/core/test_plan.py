@@ -280,7 +280,7 @@ class TestDictForm:
             {"a": []},
             {"a": "linear"},
             {"a": None},
-            {"a": ["conv3d"]},
+            {"a": ["conv4d"]},
             {"a": [["linear"]]},
             {"a": ["linear", "weight"]},
             {"a": ["linear", ["bias"]]},
