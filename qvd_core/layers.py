@@ -142,20 +142,26 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             out = kitchen.token_linear(rows, self.weight, self.weight_scale, self.bias, input.dtype)
         else:
             backend = integer_backend(backend, input.device) if backend == KITCHEN else backend
-            codes, step = self._quantize(input, rows, backend)
-            factors = (self.weight, self.weight_scale, self.bias)
-            out = library.int8_linear(codes, step, *factors, None, None, input.dtype, backend)
+            out = self._integer(input, rows, backend)
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _quantize(self, input: Tensor, rows: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        if self.shared_input is not None:
-            return self.shared_input.quantize(input, backend, lambda: self._code(rows, backend))
-        return self._code(rows, backend)
-
-    def _code(self, rows: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        shift, scale, step = self.input_shift, self.input_scale, self.static_step(rows.shape[0])
-        bits, rotation = self.spec.activation_bits, self.plan.rotation
-        return library.quantize_activation(rows, shift, scale, step, bits, rotation, backend)
+    def _integer(self, input: Tensor, rows: Tensor, backend: str) -> Tensor:
+        buffers = self._buffers  # a module's attribute lookup takes longer than the product of a small layer's row
+        factors = (self.weight, buffers["weight_scale"], self.bias)
+        static_step = None if buffers["activation_scale"] is None else self.static_step(rows.shape[0])
+        how = (
+            buffers["input_shift"],
+            buffers["input_scale"],
+            static_step,
+            self.spec.activation_bits,
+            self.plan.rotation,
+        )
+        if self.shared_input is None or not self.shared_input.is_worth_it(input):
+            return library.quantized_linear(rows, *how, *factors, input.dtype, backend)
+        codes, step = self.shared_input.quantize(
+            input, backend, lambda: library.quantize_activation(rows, *how, backend)
+        )
+        return library.int8_linear(codes, step, *factors, None, None, input.dtype, backend)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.shared_input = None  # the others of its group may be loaded with something else

@@ -30,7 +30,8 @@ def hadamard(x: Tensor, block: int, dim: int = -1) -> Tensor:
     for stage in range(block.bit_length() - 1):
         first, second = rotated.reshape(*shape[:-1], -1, 2, 2**stage).unbind(-2)
         rotated = torch.stack((first + second, first - second), dim=-2)
-    return (rotated.reshape(shape) / math.sqrt(block)).movedim(-1, dim).contiguous()
+    norm = torch.full((), math.sqrt(block), dtype=x.dtype, device=x.device)  # by a number, a GPU would not divide
+    return (rotated.reshape(shape) / norm).movedim(-1, dim).contiguous()
 
 
 def largest_block(channels: int, limit: int = 128) -> int:

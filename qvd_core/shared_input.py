@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qvd_core.families import find_family
 from qvd_core.layers import QuantLinear
 
+SMALL_INPUT = 2**16  # elements: a CPU quantizes them in the time of a few Python calls
 Coded = tuple[Tensor, Tensor]  # codes and step
 
 
@@ -42,11 +43,18 @@ class SharedInput:
         """Copies and pickles start empty."""
         return {"members": self.members, "_last": None}
 
+    def is_worth_it(self, input: Tensor) -> bool:
+        """Whether to remember the codes of `input`: not of a small one, which is quantized again in less time.
+
+        Nor of an inference tensor, which does not count its changes, nor in a traced program, which has no memory
+        between layers.
+        """
+        if torch.compiler.is_compiling() or input.is_inference():
+            return False
+        return not input.is_cpu or input.numel() >= SMALL_INPUT
+
     def quantize(self, input: Tensor, backend: str, code: Callable[[], Coded]) -> Coded:
         """The codes of `input` and their step: remembered, or made by `code` and remembered for the others."""
-        # Inference tensors do not count their changes, and a traced program has no memory between layers.
-        if torch.compiler.is_compiling() or input.is_inference():
-            return code()
         last = self._last
         if last is not None and last.input() is input and (last.version, last.backend) == (input._version, backend):
             last.uses_left -= 1

@@ -29,7 +29,7 @@ class Backend(ABC):
         """codes int8 [B, *space, C] * weight int8 [N, C, *kernel] -> float32 [B, N, *out], rounded once, no padding."""
         windows = patches(codes, list(weight.shape[2:]), stride, dilation)
         total = self.integer_linear(windows.flatten(0, -2), weight.flatten(1))
-        return total.view(*windows.shape[:-1], -1).movedim(-1, 1).contiguous()
+        return total.view(*windows.shape[:-1], len(weight)).movedim(-1, 1).contiguous()
 
     def quantize_rows(
         self,
@@ -82,6 +82,23 @@ class Backend(ABC):
         if gate is not None:
             gate = gate.repeat_interleave(len(codes) // len(gate), dim=0)
         return semantics.epilogue(total, step, weight_scale.view(1, -1), bias, residual, gate).to(dtype)
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        static_step: Tensor | None,
+        bits: int,
+        rotation: int,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`quantize_rows` and `linear`, one after the other: x [M, K] -> `dtype` [M, N]."""
+        codes, step = self.quantize_rows(x, shift, scale, static_step, bits, rotation)
+        return self.linear(codes, step, weight, weight_scale, bias, None, None, dtype)
 
     def conv(
         self,

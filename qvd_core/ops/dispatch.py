@@ -6,7 +6,6 @@ is marked where it is an expectation.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +76,9 @@ def _triton_missing(device: torch.device) -> str | None:
         return f"it has no {device.type} kernels"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return "its int8 products need an NVIDIA GPU of compute capability 8.0 or newer"
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    from qvd_core.ops import triton
+
+    return triton.missing(device)
 
 
 _BACKENDS: dict[str, _Entry] = {

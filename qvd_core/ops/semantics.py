@@ -40,7 +40,9 @@ def transform(x: Tensor, shift: Tensor | None, scale: Tensor | None, rotation: i
 
 def token_step(x: Tensor, bits: int, dims: tuple[int, ...] = (-1,)) -> Tensor:
     """Dynamic step, one for all elements along `dims`: max|x| / q_max, float32, dims kept."""
-    return (x.abs().amax(dim=dims, keepdim=True) / code_limit(bits)).clamp(min=MINIMUM_STEP)
+    # A tensor as divisor: by a number, a GPU multiplies with the rounded reciprocal instead.
+    limit = torch.full((), float(code_limit(bits)), device=x.device)
+    return (x.abs().amax(dim=dims, keepdim=True) / limit).clamp(min=MINIMUM_STEP)
 
 
 def checked_step(x: Tensor, static_step: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,8 @@ import torch
 from diffusers import UNetMotionModel, WanTransformer3DModel
 from torch import Tensor, nn
 
-from qvd_core import QuantSpec, Scales, calibrate_model
+from qvd_core import QuantSpec, QVDError, Scales, calibrate_model
+from qvd_core.ops.cpu import build, isa_name, library
 
 torch.set_num_threads(1)
 
@@ -155,3 +156,42 @@ def unchanged() -> Callable[[nn.Module], Callable[[], bool]]:
 def _still_the_same(before: dict[str, tuple[type, Tensor]], model: nn.Module) -> bool:
     hooks = [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
     return not hooks and same_snapshot(before, model)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The C kernels of the sources as they are: the installed library where it is fresh, else one compiled now."""
+    if library.load() is not None:
+        yield
+        return
+    try:
+        path = build.build(tmp_path_factory.mktemp("kernels") / build.LIBRARY_NAME)
+    except build.BuildError as error:
+        pytest.skip(f"no C kernels to test: {error}")
+    opened = library.open_library(path)
+    if opened is None:
+        pytest.skip("the C kernels do not run on this CPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "_loaded", [opened])
+        yield
+
+
+@pytest.fixture(params=list(library.ISA_CODES))
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set that this CPU has."""
+    monkeypatch.setenv("QVD_CPU_ISA", request.param)
+    library.isa.cache_clear()
+    try:
+        yield isa_name()
+    except QVDError:
+        pytest.skip(f"this CPU has no {request.param}")
+    finally:
+        library.isa.cache_clear()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """PyTorch's number of threads, as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -75,7 +75,9 @@ def transform_inputs(model: nn.Module, remainders: Mapping[str, Transform], pad_
     """What quantized layers do at run time, without rounding: pad, then (x - shift) / scale."""
     for name, remainder in remainders.items():
         layer = model.get_submodule(name)
-        padding = layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d | nn.Conv3d) and pad_first else ()
+        padding = (
+            layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d | nn.Conv3d) and pad_first else ()
+        )
         if padding:
             layer.padding = (0,) * len(layer.kernel_size)
         layer.register_forward_pre_hook(partial(_transform_input, remainder, padding), with_kwargs=True)

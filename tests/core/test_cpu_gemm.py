@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,47 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qvd_core import QVDError
-from qvd_core.ops.cpu import CpuBackend, build, gemm, isa_name, library
+from qvd_core.ops.cpu import CpuBackend, gemm, library
 from qvd_core.packing import pack_int4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKEND = CpuBackend()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library of the sources as they are: the installed one where it is fresh, else one compiled now."""
-    if library.load() is not None:
-        yield
-        return
-    try:
-        path = build.build(tmp_path_factory.mktemp("kernels") / build.LIBRARY_NAME)
-    except build.BuildError as error:
-        pytest.skip(f"no C kernels to test: {error}")
-    opened = library.open_library(path)
-    if opened is None:
-        pytest.skip("the C kernels do not run on this CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_loaded", [opened])
-        yield
-
-
-@pytest.fixture(params=list(library.ISA_CODES))
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this CPU has."""
-    monkeypatch.setenv("QVD_CPU_ISA", request.param)
-    try:
-        return isa_name()
-    except QVDError:
-        pytest.skip(f"this CPU has no {request.param}")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def usable_isas() -> list[str]:
@@ -383,3 +349,48 @@ def test_backend_runs_the_kernels() -> None:
     images, filters = draw.codes(1, 4, 4, 8), draw.codes(5, 8, 3, 3)
     arguments = (images, step[:1], filters, scale, None, [3, 3], [1, 1], [1, 1])
     assert equal_bits(BACKEND.conv(*arguments, torch.float32), expected_conv(*arguments))
+
+
+class TestQuantizedLinear:
+    """One call from the floating-point input: the same bits as quantizing first and multiplying then."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rotation", [0, 16])
+    @pytest.mark.parametrize("steps", ["token", "layer", "row", "strided"])
+    @pytest.mark.parametrize("four_bits", [False, True])
+    def test_is_the_two_calls(self, isa, dtype, rotation, steps, four_bits):
+        torch.manual_seed(0)
+        for rows in (1, 3, 37):
+            x = (torch.randn(rows, 160) * 3).to(dtype)[:, :80]  # rows with a gap between them
+            shift, scale = torch.randn(80), torch.rand(80) + 0.5
+            static = torch.rand(rows, 2) + 0.01
+            static_step = {"token": None, "layer": torch.tensor([0.05]), "row": static[:, :1].clone()}.get(
+                steps, static[:, :1]
+            )
+            weight = torch.randint(-7, 8, (33, 80), dtype=torch.int8)
+            weight = pack_int4(weight) if four_bits else weight
+            weight_scale, bias = torch.rand(33, 1), torch.randn(33).to(dtype)
+            how = (shift, scale, static_step, 8, rotation)
+            out = gemm.quantized_linear(x, *how, weight, weight_scale, bias, dtype)
+            codes, step = BACKEND.quantize_rows(x, *how)
+            assert out is not None and torch.equal(
+                out, BACKEND.linear(codes, step, weight, weight_scale, bias, None, None, dtype)
+            )
+
+    @pytest.mark.parametrize("static_step", [None, torch.ones(1), torch.ones(5, 1)])
+    def test_nan_reaches_the_output(self, isa, static_step):
+        x = torch.randn(5, 8)
+        x[3, 2] = torch.nan
+        out = gemm.quantized_linear(
+            x, None, None, static_step, 8, 0, torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1), None, torch.float32
+        )
+        assert out is not None and out[3].isnan().all() and (static_step is not None or not out[:3].isnan().any())
+
+    def test_what_it_leaves_to_others(self):
+        weight, scale = torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1)
+        for x, step in (
+            (torch.randn(2, 8).double(), None),
+            (torch.randn(0, 8), None),
+            (torch.randn(2, 8), torch.ones(3, 1)),
+        ):
+            assert gemm.quantized_linear(x, None, None, step, 8, 0, weight, scale, None, torch.float32) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,45 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvd_core import QVDError
-from qvd_core.ops.cpu import CpuBackend, build, isa_name, library, quantize
+from qvd_core.ops.cpu import CpuBackend, isa_name, library, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKEND = CpuBackend()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library of the sources as they are: the installed one where it is fresh, else one compiled now."""
-    if library.load() is not None:
-        yield
-        return
-    try:
-        path = build.build(tmp_path_factory.mktemp("kernels") / build.LIBRARY_NAME)
-    except build.BuildError as error:
-        pytest.skip(f"no C kernels to test: {error}")
-    opened = library.open_library(path)
-    if opened is None:
-        pytest.skip("the C kernels do not run on this CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_loaded", [opened])
-        yield
-
-
-@pytest.fixture(params=list(library.ISA_CODES))
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this CPU has."""
-    monkeypatch.setenv("QVD_CPU_ISA", request.param)
-    try:
-        return isa_name()
-    except QVDError:
-        pytest.skip(f"this CPU has no {request.param}")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -320,10 +287,10 @@ def test_any_number_of_threads_gives_the_same_bytes() -> None:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
-def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QVD_CPU_ISA", "avx2")
-    assert isa_name() == "avx2"
+def test_an_unknown_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isa_name() == isa
     monkeypatch.setenv("QVD_CPU_ISA", "sse9")
+    library.isa.cache_clear()
     with pytest.raises(QVDError, match=r"QVD_CPU_ISA='sse9'.*use avx2"):
         quantize.quantize_rows(randn(2, 3), None, None, None, 8, 0)
 

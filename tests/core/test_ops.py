@@ -423,15 +423,29 @@ class TestBackendChoice:
         with torch.no_grad():
             torch.testing.assert_close(layer(x), twin(x), rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize(("capability", "many", "few"), [((10, 3), WEIGHT_ONLY, WEIGHT_ONLY)])
-    def test_gpus_without_int8_units(self, monkeypatch, capability, many, few):
+    @pytest.mark.parametrize(
+        ("capability", "triton", "many", "few"),
+        [
+            ((9, 0), None, "triton", WEIGHT_ONLY),
+            ((12, 0), "triton is not installed", "int_mm", WEIGHT_ONLY),
+            ((7, 5), "too old", "int_mm", WEIGHT_ONLY),
+            ((7, 0), "too old", "emulated", "emulated"),
+            ((10, 3), None, WEIGHT_ONLY, WEIGHT_ONLY),  # next to no int8 units
+        ],
+    )
+    def test_gpus(self, monkeypatch, capability, triton, many, few):
         monkeypatch.delenv("QVD_BACKEND", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        dispatch._automatic.cache_clear()
+        monkeypatch.setattr(dispatch, "_triton_missing", lambda device: triton)
+        caches = (dispatch._automatic, dispatch._remembered_names)
+        for cached in caches:
+            cached.cache_clear()
         try:
-            assert resolve_backend("auto", "cuda:0", 4096) == many and resolve_backend("auto", "cuda:0", 4) == few
+            answers = [resolve_backend("auto", "cuda:0", rows) for rows in (4096, None, 17, 16, 1)]
+            assert answers == [many, many, many, few, few]
         finally:
-            dispatch._automatic.cache_clear()
+            for cached in caches:
+                cached.cache_clear()
 
     def test_unknown_name(self, monkeypatch):
         monkeypatch.setenv("QVD_BACKEND", "cutlass")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvd_core import load_checkpoint, quantize_model, save_checkpoint
+from qvd_core import load_checkpoint, quantize_model, save_checkpoint, shared_input
 from qvd_core.layers import QuantLinear
 from qvd_core.ops import dispatch
 from qvd_core.shared_input import SharedInput, share_inputs
@@ -20,6 +20,7 @@ from qvd_core.shared_input import SharedInput, share_inputs
 def counted(monkeypatch):
     """How many inputs the reference backend has quantized."""
     monkeypatch.setenv("QVD_BACKEND", "reference")
+    monkeypatch.setattr(shared_input, "SMALL_INPUT", 0)
     calls: list[Tensor] = []
     reference = dispatch.backend("reference")
     original = reference.quantize_rows
@@ -61,6 +62,15 @@ class TestSharing:
             out = layers[1](x)
             layers[1].shared_input = None
             assert torch.equal(layers[1](x), out)
+
+    def test_small_inputs_are_quantized_again(self, attention, counted, monkeypatch):
+        """In less time than asking takes; so they are not kept either."""
+        layers, x = attention
+        monkeypatch.setattr(shared_input, "SMALL_INPUT", x.numel() + 1)
+        with torch.no_grad():
+            for layer in layers:
+                layer(x)
+        assert len(counted) == 3 and layers[0].shared_input._last is None
 
     def test_an_equal_tensor_is_another_input(self, attention, counted):
         layers, x = attention
@@ -122,7 +132,7 @@ class TestWhoShares:
         assert self.groups(loaded) == []
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
-    def test_copies_share_among_themselves(self, attention, duplicate):
+    def test_copies_share_among_themselves(self, attention, counted, duplicate):
         layers, x = attention
         with torch.no_grad():
             layers[0](x)

@@ -222,7 +222,7 @@ class TestQuantizers:
         return compiled
 
     @pytest.mark.parametrize("capability", CAPABILITIES)
-    @pytest.mark.parametrize("channels", [1536, 5120, 13824])
+    @pytest.mark.parametrize("channels", [1536, 13824])
     def test_rows(self, channels: int, capability: int, tmp_path: Path) -> None:
         compiled = self.assert_streams(rows_launch(channels), capability, tmp_path)
         assert compiled.count(r"fma\.") == 0
@@ -255,17 +255,16 @@ class TestQuantizers:
                 # Two words at most: ptxas gives a register away to fit one more block on a multiprocessor.
                 assert compiled.spilled <= 8, (channels, static, rotation)
 
-    @pytest.mark.parametrize("capability", NEWEST)
     @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("static", [False, True])
-    def test_images(self, static: bool, channels_last: bool, capability: int, tmp_path: Path) -> None:
+    def test_images(self, static: bool, channels_last: bool, tmp_path: Path) -> None:
         x = meta(16, 320, 64, 64, dtype=torch.bfloat16)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         step = meta(1) if static else None
         launches = quantize.plan_images(x, meta(320), meta(320), step, 8, 0, [1, 1, 1, 1])[2]
         assert len(launches) == (1 if static else 2)
-        compiled = [compile_launch(launch, capability, tmp_path) for launch in launches]
+        compiled = [compile_launch(launch, 90, tmp_path) for launch in launches]
         assert all(kernel.spilled == 0 for kernel in compiled)
         assert compiled[-1].count(r"st\.global\.v4\.b32") > 0
         assert (compiled[-1].count(r"ld\.global\.b16") == 0) == channels_last  # a padded line starts anywhere

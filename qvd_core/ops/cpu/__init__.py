@@ -59,6 +59,23 @@ class CpuBackend(Emulated):
         done = quantize.quantize_images(*arguments)
         return super().quantize_images(*arguments) if done is None else done
 
+    def quantized_linear(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        static_step: Tensor | None,
+        bits: int,
+        rotation: int,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        arguments = (x, shift, scale, static_step, bits, rotation, weight, weight_scale, bias, dtype)
+        done = gemm.quantized_linear(*arguments)
+        return super().quantized_linear(*arguments) if done is None else done
+
     def linear(
         self,
         codes: Tensor,

@@ -15,8 +15,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-int qvd_best_isa(void); /* parallel.c */
-
 #define QVD_INLINE static inline __attribute__((always_inline))
 
 enum {
@@ -103,5 +101,20 @@ int qvd_product_run(const qvd_kernel *kernel, const qvd_source *rows, const qvd_
 /* gemm_small.c: linear with at most QVD_SMALL_ROWS rows of codes. */
 int qvd_small_linear(int isa, const int8_t *codes, int64_t rows, const qvd_source *weight,
                      const qvd_epilogue *epilogue, int threads);
+
+/* ---- layers (gemm_layers.c) ---- */
+
+/* gemm.py declares the same structure. */
+typedef struct {
+    const int8_t *codes;
+    const void *weight;
+    const float *step, *weight_scale, *bias, *gate;
+    const void *residual;
+    void *out;
+    int64_t rows, columns, depth, step_count, gate_count;
+    int32_t weight_bits, residual_type, type, isa, threads;
+} linear_arguments;
+
+int qvd_linear(const linear_arguments *in);
 
 #endif

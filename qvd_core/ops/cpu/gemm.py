@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from qvd_core.ops import semantics
 from qvd_core.ops.backend import output_size
-from qvd_core.ops.cpu import library
+from qvd_core.ops.cpu import library, quantize
 
 _Triple = ctypes.c_int64 * 3
 
@@ -26,6 +27,17 @@ class _LinearArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("residual", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth", "step_count", "gate_count")),
         *((name, ctypes.c_int32) for name in ("weight_bits", "residual_type", "type", "isa", "threads")),
+    )
+
+
+class _LayerArguments(ctypes.Structure):
+    """`layer_arguments` of layer.c."""
+
+    _fields_ = (
+        ("product", _LinearArguments),
+        *((name, ctypes.c_void_p) for name in ("x", "shift", "scale")),
+        ("row_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("x_type", "limit", "rotation")),
     )
 
 
@@ -63,7 +75,7 @@ def linear(
     supported = (
         _are_codes(codes, weight, depth)
         and _are_factors(step, rows, weight_scale, columns, bias)
-        and (residual is None or (residual.shape == (rows, columns) and residual.device.type == "cpu"))
+        and (residual is None or (residual.shape == (rows, columns) and residual.is_cpu))
         and (gate is None or (residual is not None and _is_gate(gate, rows, columns)))
         and {dtype, residual_type} <= library.DTYPE_CODES.keys()
     )
@@ -81,6 +93,52 @@ def linear(
         *(library.isa(kernels), torch.get_num_threads()),
     )
     status: int = kernels.qvd_linear(ctypes.byref(arguments))
+    return None if status else out
+
+
+def quantized_linear(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    static_step: Tensor | None,
+    bits: int,
+    rotation: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """x [M, K], quantized as by `quantize.quantize_rows`, through `linear`, in one call -> `dtype` [M, N].
+
+    None where one of the two would be.
+    """
+    kernels = library.load()
+    if kernels is None or x.dim() != 2 or weight.dim() != 2 or dtype not in library.DTYPE_CODES:
+        return None
+    (rows, depth), columns = x.shape, weight.shape[0]
+    step = weight_scale if static_step is None else static_step
+    supported = quantize.is_supported(x, shift, scale, static_step, rotation, rows) and (
+        _is_weight(weight, depth) and _are_factors(step, step.numel(), weight_scale, columns, bias)
+    )
+    if not supported:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    given = (weight, static_step, weight_scale, _float(bias), shift, scale)
+    held = [None if tensor is None else tensor.contiguous() for tensor in given]
+    weight_at, step_at, weight_scale_at, bias_at, shift_at, scale_at = (
+        None if tensor is None else tensor.data_ptr() for tensor in held
+    )
+    product = _LinearArguments(
+        *(None, weight_at, step_at, weight_scale_at, bias_at, None, None, out.data_ptr()),
+        *(rows, columns, depth, rows if static_step is None else static_step.numel(), 1),
+        *(_weight_bits(weight), 0, library.DTYPE_CODES[dtype], library.isa(kernels), torch.get_num_threads()),
+    )
+    arguments = _LayerArguments(
+        *(product, x.data_ptr(), shift_at, scale_at, x.stride(0)),
+        *(library.DTYPE_CODES[x.dtype], semantics.code_limit(bits), rotation),
+    )
+    status: int = kernels.qvd_layer(ctypes.byref(arguments))
     return None if status else out
 
 
@@ -106,7 +164,7 @@ def conv(
     images, filters, channels = len(codes), len(weight), codes.shape[-1]
     size = output_size(space, kernel, stride, dilation)
     supported = (
-        _are_codes(codes, weight, channels * math.prod(kernel), [channels, *kernel])
+        _are_codes(codes, weight, channels * math.prod(kernel), (channels, *kernel))
         and _are_factors(step, images, weight_scale, filters, bias)
         and min(*size, *kernel, *stride, *dilation) > 0
         and dtype in library.DTYPE_CODES
@@ -130,26 +188,31 @@ def conv(
     return None if status else out
 
 
-def _are_codes(codes: Tensor, weight: Tensor, depth: int, features: list[int] | None = None) -> bool:
+def _are_codes(codes: Tensor, weight: Tensor, depth: int, features: tuple[int, ...] | None = None) -> bool:
     """Is this what the C functions read: sizes that do not fit would let them read past the end."""
-    shape = [(depth + 1) // 2] if weight.dtype == torch.uint8 else features or [depth]
-    on_cpu = codes.device.type == weight.device.type == "cpu"
-    kinds = codes.dtype == torch.int8 and weight.dtype in (torch.int8, torch.uint8)
-    return on_cpu and kinds and list(weight.shape[1:]) == shape
+    return codes.is_cpu and codes.dtype == torch.int8 and _is_weight(weight, depth, features)
+
+
+def _is_weight(weight: Tensor, depth: int, features: tuple[int, ...] | None = None) -> bool:
+    """int8 [N, *features], [N, depth] where there are none, or uint8 with two codes of one row per byte."""
+    if not weight.is_cpu:
+        return False
+    if weight.dtype == torch.uint8:
+        return weight.shape[1:] == ((depth + 1) // 2,)
+    return weight.dtype == torch.int8 and weight.shape[1:] == (features or (depth,))
 
 
 def _are_factors(step: Tensor, rows: int, weight_scale: Tensor, columns: int, bias: Tensor | None) -> bool:
     """One float32 step in all or per row, one scale per output channel, and a bias for each or none."""
-    fits = step.numel() in (1, rows) and weight_scale.numel() == columns
-    fits = fits and step.dtype == weight_scale.dtype == torch.float32
-    fits = fits and step.device.type == weight_scale.device.type == "cpu"
-    return fits and (bias is None or (bias.shape == (columns,) and bias.device.type == "cpu"))
+    fits = step.is_cpu and weight_scale.is_cpu and step.dtype == weight_scale.dtype == torch.float32
+    fits = fits and step.numel() in (1, rows) and weight_scale.numel() == columns
+    return fits and (bias is None or (bias.is_cpu and bias.shape == (columns,)))
 
 
 def _is_gate(gate: Tensor, rows: int, columns: int) -> bool:
     """A row per equal share of the rows."""
     fits = gate.dim() == 2 and gate.shape[1] == columns and len(gate) > 0 and rows % len(gate) == 0
-    return fits and gate.device.type == "cpu"
+    return fits and gate.is_cpu
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

@@ -3,17 +3,7 @@
 
 #include <stdlib.h>
 
-/* gemm.py declares the same structures. */
-typedef struct {
-    const int8_t *codes;
-    const void *weight;
-    const float *step, *weight_scale, *bias, *gate;
-    const void *residual;
-    void *out;
-    int64_t rows, columns, depth, step_count, gate_count;
-    int32_t weight_bits, residual_type, type, isa, threads;
-} linear_arguments;
-
+/* gemm.py declares the same structure. */
 typedef struct {
     const int8_t *codes;
     const void *weight;

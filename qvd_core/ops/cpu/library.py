@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -65,8 +66,9 @@ def open_library(path: Path) -> ctypes.CDLL | None:
     return library
 
 
+@cache
 def isa(library: ctypes.CDLL) -> int:
-    """The instruction set to use: QVD_CPU_ISA (avx2 or avx512vnni) where it is set, else the best there is.
+    """The instruction set to use: QVD_CPU_ISA (avx2 or avx512vnni) where it is set, else the best there is; read once.
 
     Raises QVDError for a name that is unknown or that this CPU does not have.
     """

@@ -15,6 +15,9 @@ enum qvd_dtype { QVD_FLOAT32 = 0, QVD_BFLOAT16 = 1, QVD_FLOAT16 = 2 };
 /* What a compute function returns; Python falls back to PyTorch for everything but QVD_OK. */
 enum qvd_status { QVD_OK = 0, QVD_NO_MEMORY = 1, QVD_UNSUPPORTED = 2 };
 
+/* The best instruction set that CPU and operating system support, as enum qvd_isa. */
+int qvd_best_isa(void);
+
 typedef void (*qvd_body)(void *data);
 
 /* Runs body(data) on up to `threads` threads at once and returns when all are done. Every call takes its share of the

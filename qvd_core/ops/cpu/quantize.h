@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Floats worked on at a time, well inside the L1 cache; a multiple of every rotation. */
-enum { QVD_CHUNK = 2048 };
+enum { QVD_RUN = 2048 };
 
 /* Returned beside enum qvd_status: static steps were given and x holds NaN. */
 enum { QVD_FOUND_NAN = -1 };
@@ -94,5 +94,10 @@ static inline float qvd_dynamic_step(uint32_t bits, float limit)
     step = largest / limit;
     return step < 1e-20f ? 1e-20f : step; /* semantics.MINIMUM_STEP */
 }
+
+/* quantize_rows.c: rows [rows, channels] of x to codes [rows, channels]; step [rows] is written where it is dynamic. */
+int qvd_quantize_rows(int isa, int threads, int dtype, const void *x, int64_t rows, int64_t channels,
+                      int64_t row_stride, const float *shift, const float *inverse_scale, int limit, int rotation,
+                      const float *static_step, int64_t step_stride, int8_t *codes, float *step);
 
 #endif

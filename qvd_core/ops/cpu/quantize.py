@@ -41,14 +41,14 @@ def quantize_rows(
     are not a power of two up to 128.
     """
     kernels = library.load()
-    if kernels is None or x.dim() != 2 or not _supported(x, shift, scale, static_step, rotation, len(x)):
+    if kernels is None or x.dim() != 2 or not is_supported(x, shift, scale, static_step, rotation, len(x)):
         return None
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
     rows, channels = x.shape
     shift, inverse_scale = _per_channel(shift, scale)
-    codes = x.new_empty((rows, channels), dtype=torch.int8)
-    step = x.new_empty((rows, 1), dtype=torch.float32) if static_step is None else static_step.clone()
+    codes = torch.empty(rows, channels, dtype=torch.int8, device="cpu")
+    step = torch.empty(rows, 1, dtype=torch.float32, device="cpu") if static_step is None else static_step.clone()
     status = _rows_function(kernels)(
         *(library.isa(kernels), torch.get_num_threads(), library.DTYPE_CODES[x.dtype]),
         *(x.data_ptr(), rows, channels, x.stride(0), _address(shift), _address(inverse_scale)),
@@ -73,7 +73,7 @@ def quantize_images(
     kernels = library.load()
     if kernels is None or not 3 <= x.dim() <= 2 + _SPACE or min(padding, default=0) < 0:
         return None
-    if len(padding) != 2 * (x.dim() - 2) or not _supported(x, shift, scale, static_step, rotation, len(x)):
+    if len(padding) != 2 * (x.dim() - 2) or not is_supported(x, shift, scale, static_step, rotation, len(x)):
         return None
     images, channels = x.shape[:2]
     shift, inverse_scale = _per_channel(shift, scale)
@@ -112,22 +112,19 @@ def _merged(dims: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, 
     return [(1, 0, 0, 0)] * (_SPACE - len(merged)) + merged
 
 
-def _supported(
+def is_supported(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, static_step: Tensor | None, rotation: int, steps: int
 ) -> bool:
+    """Are these what the C functions read: x [M, K, ...] with `steps` rows or images."""
     channels = x.shape[1]
-    vectors = [vector for vector in (shift, scale) if vector is not None]
-    factors = vectors if static_step is None else [*vectors, static_step]
-    return (
-        x.dtype in library.DTYPE_CODES
-        and x.numel() > 0
-        and all(tensor.device.type == "cpu" for tensor in (x, *factors))
-        and all(factor.dtype == torch.float32 for factor in factors)
-        and all(vector.shape == (channels,) for vector in vectors)
-        and (static_step is None or static_step.shape in ((1,), (steps, 1)))
-        and 0 <= rotation <= _LARGEST_ROTATION
-        and (rotation < 2 or (rotation & (rotation - 1) == 0 and channels % rotation == 0))
-    )
+    if not (x.is_cpu and x.dtype in library.DTYPE_CODES and x.numel() > 0):
+        return False
+    for factor, shapes in ((shift, ((channels,),)), (scale, ((channels,),)), (static_step, ((1,), (steps, 1)))):
+        if factor is not None and not (factor.is_cpu and factor.dtype == torch.float32 and factor.shape in shapes):
+            return False
+    power_of_two = rotation & (rotation - 1) == 0
+    fits = 1 < rotation <= _LARGEST_ROTATION and power_of_two and channels % rotation == 0
+    return rotation in (0, 1) or fits
 
 
 def _per_channel(shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -24,7 +24,7 @@ struct quantize_images {
 
 /* The most pixels and channels encoded at a time. A search for the largest value alone goes plane by plane through as
  * many pixels as the L1 cache holds in float32. */
-enum { QVD_TILE_PIXELS = 256, QVD_TILE_CHANNELS = 128, QVD_SEARCH_PIXELS = QVD_CHUNK };
+enum { QVD_TILE_PIXELS = 256, QVD_TILE_CHANNELS = 128, QVD_SEARCH_PIXELS = QVD_RUN };
 
 /* A stretch of pixels of one image, evenly spaced in x: up to QVD_TILE_PIXELS, or QVD_SEARCH_PIXELS without codes and
  * without a rotation. */

@@ -30,8 +30,8 @@ static void encode_row_static(struct rows_job *job, const void *x, int64_t row, 
     const struct quantize_kernels *kernels = job->front.kernels;
     const float inverse_step = 1.0f / job->static_step[row * job->step_stride];
     uint32_t bits = 0;
-    for (int64_t start = 0; start < job->channels; start += QVD_CHUNK) {
-        const int64_t n = smaller(QVD_CHUNK, job->channels - start);
+    for (int64_t start = 0; start < job->channels; start += QVD_RUN) {
+        const int64_t n = smaller(QVD_RUN, job->channels - start);
         const float *values = qvd_transformed(&job->front, x, start, n, buffer);
         const uint32_t found = kernels->largest(values, n);
         bits = found > bits ? found : bits;
@@ -46,16 +46,16 @@ static void encode_row_dynamic(struct rows_job *job, const void *x, int64_t row,
     const struct quantize_kernels *kernels = job->front.kernels;
     const int kept = !qvd_is_plain(&job->front) && job->channels <= KEPT;
     uint32_t bits = 0;
-    for (int64_t start = 0; start < job->channels; start += QVD_CHUNK) {
-        const int64_t n = smaller(QVD_CHUNK, job->channels - start);
+    for (int64_t start = 0; start < job->channels; start += QVD_RUN) {
+        const int64_t n = smaller(QVD_RUN, job->channels - start);
         const float *values = qvd_transformed(&job->front, x, start, n, kept ? buffer + start : buffer);
         const uint32_t found = kernels->largest(values, n);
         bits = found > bits ? found : bits;
     }
     const float step = qvd_dynamic_step(bits, job->front.limit);
     job->step[row] = step;
-    for (int64_t start = 0; start < job->channels; start += QVD_CHUNK) {
-        const int64_t n = smaller(QVD_CHUNK, job->channels - start);
+    for (int64_t start = 0; start < job->channels; start += QVD_RUN) {
+        const int64_t n = smaller(QVD_RUN, job->channels - start);
         const float *values = kept ? buffer + start : qvd_transformed(&job->front, x, start, n, buffer);
         kernels->encode(values, n, 1.0f / step, job->front.limit, job->codes + row * job->channels + start);
     }

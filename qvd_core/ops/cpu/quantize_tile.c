@@ -115,12 +115,12 @@ static uint32_t quantize_planes(const struct quantize_front *front, const struct
 
 static uint32_t quantize_pixels(const struct quantize_front *front, const struct pixel_tile *tile)
 {
-    _Alignas(64) float buffer[QVD_CHUNK];
+    _Alignas(64) float buffer[QVD_RUN];
     uint32_t bits = 0;
     for (int64_t pixel = 0; pixel < tile->pixels; pixel++) {
         const void *x = qvd_element(tile->x, front->dtype, pixel * tile->pixel_stride);
-        for (int64_t first = 0; first < tile->channels; first += QVD_CHUNK) {
-            const int64_t n = smaller(QVD_CHUNK, tile->channels - first);
+        for (int64_t first = 0; first < tile->channels; first += QVD_RUN) {
+            const int64_t n = smaller(QVD_RUN, tile->channels - first);
             const float *values = qvd_transformed(front, x, first, n, buffer);
             bits = larger(bits, front->kernels->largest(values, n));
             if (tile->codes)
