@@ -30,6 +30,7 @@ from qvd_core.scales import Scales
 from qvd_diffusers import QVDConfig, calibrate
 
 COMPARED_CLIPS = 4
+ROUNDS = 2  # of sampling them all with every pipeline, for the median time of a step
 DENOISER = {"wan": "transformer", "unet": "unet"}
 
 
@@ -95,16 +96,17 @@ def run(name: str, out: Path) -> None:
 def sample_interleaved(
     pipes: Sequence[DiffusionPipeline], prompts: Sequence[str], call: dict[str, Any]
 ) -> list[Sampled]:
-    """Sample every prompt with every pipeline in turn, so that a busy machine slows all of them alike."""
-    videos: list[list[Tensor]] = [[] for _ in pipes]
+    """Sample all prompts, as one batch, with every pipeline in turn: a busy machine slows all of them alike."""
+    videos: list[Tensor] = [torch.empty(0) for _ in pipes]
     seconds: list[list[float]] = [[] for _ in pipes]
-    for prompt, seed in zip(prompts, sampling.held_out_seeds(len(prompts)), strict=True):
+    seeds = sampling.held_out_seeds(len(prompts))
+    for _ in range(ROUNDS):
         for index, pipe in enumerate(pipes):
             clock = StepClock()
             timed = {**call, "callback_on_step_end": clock}
-            videos[index].append(sampling.sample_video(pipe, [prompt], [seed], timed))
+            videos[index] = sampling.sample_video(pipe, list(prompts), list(seeds), timed)
             seconds[index] += clock.seconds()
-    return [Sampled(torch.cat(v), statistics.median(s)) for v, s in zip(videos, seconds, strict=True)]
+    return [Sampled(video, statistics.median(times)) for video, times in zip(videos, seconds, strict=True)]
 
 
 class StepClock:

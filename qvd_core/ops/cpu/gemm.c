@@ -10,6 +10,7 @@ enum {
     TILE_COLUMNS = 256,
     TILES_PER_THREAD = 3, /* enough that the last ones even out */
     SMALLEST_SIDE = 48,   /* below, packing costs more than the threads bring */
+    PRODUCTS_PER_THREAD = 1 << 22, /* tens of microseconds */
 };
 
 typedef struct {
@@ -248,6 +249,7 @@ int qvd_product_run(const qvd_kernel *kernel, const qvd_source *rows, const qvd_
     product work = {.kernel = kernel, .rows = rows, .columns = columns, .epilogue = epilogue};
     if (rows->count == 0 || columns->count == 0)
         return QVD_OK;
+    threads = qvd_useful_threads(threads, rows->count * columns->count * rows->depth, PRODUCTS_PER_THREAD);
     choose_tiles(&work, threads);
     work.depth_blocks = rows->depth ? divide_up(rows->depth, kernel->depth) : 1;
     work.depth_block = round_up(divide_up(rows->depth, work.depth_blocks), QVD_CHUNK);

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 32, STEP = 64 /* weight bytes */ };
+enum { BLOCK = 32, STEP = 64 /* weight bytes */, CODES_PER_THREAD = 1 << 18 };
 
 /* The rows of codes, padded with zeros to whole steps of the weight. For 4-bit weights `low` holds the codes of even
  * and `high` those of odd index, as the halves of the weight's bytes do. */
@@ -237,6 +237,7 @@ int qvd_small_linear(int isa, const int8_t *codes, int64_t rows, const qvd_sourc
         work.offsets[m] = (int32_t)(sum * (uint32_t)offset);
     }
     int64_t blocks = (weight->count + BLOCK - 1) / BLOCK;
+    threads = qvd_useful_threads(threads, weight->count * weight->depth, CODES_PER_THREAD);
     qvd_run(work_on_blocks, &work, (int)(blocks < threads ? blocks : threads));
     free(work.codes.low);
     return QVD_OK;

@@ -2,6 +2,8 @@
 #ifndef QVD_PARALLEL_H
 #define QVD_PARALLEL_H
 
+#include <stdint.h>
+
 #define QVD_EXPORT __attribute__((visibility("default")))
 
 /* One library serves every machine: functions of a newer instruction set are only called where the CPU has it. */
@@ -23,5 +25,12 @@ typedef void (*qvd_body)(void *data);
 /* Runs body(data) on up to `threads` threads at once and returns when all are done. Every call takes its share of the
  * work by an atomic counter inside `data`, so that any number of calls, one included, does all of it. */
 void qvd_run(qvd_body body, void *data, int threads);
+
+/* At most `threads`, and no more than find `share` of the work each: waking one takes some microseconds. */
+static inline int qvd_useful_threads(int threads, int64_t work, int64_t share)
+{
+    int64_t useful = 1 + work / share;
+    return useful < threads ? (int)useful : threads;
+}
 
 #endif

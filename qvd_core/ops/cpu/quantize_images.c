@@ -22,7 +22,7 @@ struct images_job {
     _Atomic int found_nan;
 };
 
-enum { LINES_PER_UNIT = 32 };
+enum { LINES_PER_UNIT = 32, VALUES_PER_THREAD = 1 << 16 };
 
 static int64_t smaller(int64_t a, int64_t b)
 {
@@ -213,6 +213,8 @@ QVD_EXPORT int qvd_quantize_images(int isa, int threads, const struct quantize_i
         .border_bits = call->border ? kernels->largest(call->border, call->channels) : 0,
     };
     plan(&job);
+    const int64_t values = call->images * call->channels * call->size[0] * call->size[1] * call->size[2];
+    threads = qvd_useful_threads(threads, values, VALUES_PER_THREAD);
     if (call->static_step) {
         run_phase(&job, &job.encode, threads);
         return job.found_nan || job.border_bits > QVD_INFINITY_BITS ? QVD_FOUND_NAN : QVD_OK;

@@ -6,7 +6,7 @@
 
 /* A transformed row of up to KEPT channels is kept between the search for its largest value and its encoding (64 KiB,
  * inside the L2 cache); a longer one is transformed twice. */
-enum { KEPT = 16384, VALUES_PER_UNIT = 16384 };
+enum { KEPT = 16384, VALUES_PER_UNIT = 16384, VALUES_PER_THREAD = 1 << 17 };
 
 struct rows_job {
     struct quantize_front front;
@@ -103,6 +103,7 @@ QVD_EXPORT int qvd_quantize_rows(int isa, int threads, int dtype, const void *x,
         .step = step,
     };
     const int64_t units = (rows + job.rows_per_unit - 1) / job.rows_per_unit;
+    threads = qvd_useful_threads(threads, rows * channels, VALUES_PER_THREAD);
     qvd_run(encode_rows, &job, (int)smaller(threads, units));
     return job.found_nan ? QVD_FOUND_NAN : QVD_OK;
 }
