@@ -146,7 +146,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _integer(self, input: Tensor, rows: Tensor, backend: str) -> Tensor:
-        buffers = self._buffers  # a module's attribute lookup takes longer than the product of a small layer's row
+        buffers: dict[str, Any] = (
+            self._buffers
+        )  # a module's attribute lookup takes longer than the product of a small layer's row
         factors = (self.weight, buffers["weight_scale"], self.bias)
         static_step = None if buffers["activation_scale"] is None else self.static_step(rows.shape[0])
         how = (
