@@ -146,18 +146,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _integer(self, input: Tensor, rows: Tensor, backend: str) -> Tensor:
-        buffers: dict[str, Any] = (
-            self._buffers
-        )  # a module's attribute lookup takes longer than the product of a small layer's row
+        # A module's attribute lookup takes longer than a row of a small layer's product.
+        buffers: dict[str, Any] = self._buffers
         factors = (self.weight, buffers["weight_scale"], self.bias)
         static_step = None if buffers["activation_scale"] is None else self.static_step(rows.shape[0])
-        how = (
-            buffers["input_shift"],
-            buffers["input_scale"],
-            static_step,
-            self.spec.activation_bits,
-            self.plan.rotation,
-        )
+        transform = (buffers["input_shift"], buffers["input_scale"])
+        how = (*transform, static_step, self.spec.activation_bits, self.plan.rotation)
         if self.shared_input is None or not self.shared_input.is_worth_it(input):
             return library.quantized_linear(rows, *how, *factors, input.dtype, backend)
         codes, step = self.shared_input.quantize(
