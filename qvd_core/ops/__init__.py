@@ -1,6 +1,7 @@
 """The int8 operators, as `torch.library` ops with shape functions, over exchangeable backends.
 
     quantize_activation(x, shift, scale, static_step, bits, rotation)         -> codes int8, step float32
+    quantize_fused(x, front, gain, offset, eps, shift, scale, ...)            -> the same of gelu(x), norm(x), ...
     quantize_image(x, shift, scale, static_step, bits, rotation, padding)     -> codes int8 (channels last), step
     int8_linear(codes, step, weight, weight_scale, bias, dtype)               -> y
     int8_conv(codes, step, weight, weight_scale, bias, kernel, ..., dtype)    -> y
@@ -36,6 +37,7 @@ __all__ = [
     "int8_linear",
     "integer_backend",
     "quantize_activation",
+    "quantize_fused",
     "quantize_image",
     "resolve_backend",
     "weight_only_linear",
@@ -59,6 +61,32 @@ def quantize_activation(
     """
     backend = integer_backend(backend, x.device)
     return library.quantize_activation(x, shift, scale, static_step, bits, rotation, backend)
+
+
+def quantize_fused(
+    x: Tensor,
+    front: str,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    static_step: Tensor | None,
+    bits: int,
+    rotation: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`quantize_activation` of what an activation or a norm makes of x, in one kernel where the backend has it. [O]
+
+    front: a name of `fronts.FRONTS`: "gelu", "gelu_tanh", "silu", these with "_mul" (x [M, 2 K] is hidden and gate), or
+    "layer_norm", "rms_norm". gain, offset [G, K] or None: norm(x) * gain + offset, a row for each of G equal runs of
+    rows; adaLN's gain is 1 + scale. Codes of a fused kernel differ by one at most from those of the two steps.
+    Returns codes int8 [M, K] and step as `quantize_activation`. Raises QVDError for a front or shapes that do not fit.
+    """
+    backend = integer_backend(backend, x.device)
+    arguments = (x, front, gain, offset, eps, shift, scale, static_step, bits, rotation, backend)
+    codes, step = torch.ops.qvd.quantize_fused(*arguments)
+    return codes, step
 
 
 def quantize_image(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvd_core.ops import semantics
+from qvd_core.ops.fronts import apply_front
 from qvd_core.packing import unpack_int4
 
 
@@ -44,6 +45,23 @@ class Backend(ABC):
         x = semantics.transform(x, shift, scale, rotation)
         step = semantics.token_step(x, bits) if static_step is None else semantics.checked_step(x, static_step)
         return semantics.encode(x, step, bits).contiguous(), step
+
+    def quantize_fused(
+        self,
+        x: Tensor,
+        front: str,
+        gain: Tensor | None,
+        offset: Tensor | None,
+        eps: float,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        static_step: Tensor | None,
+        bits: int,
+        rotation: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """`quantize_rows` of what `fronts.apply_front(x, front, gain, offset, eps)` makes of x."""
+        moved = apply_front(x, front, gain, offset, eps)
+        return self.quantize_rows(moved, shift, scale, static_step, bits, rotation)
 
     def quantize_images(
         self,

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from qvd_core.ops.backend import output_size
 from qvd_core.ops.dispatch import backend as backend_named
+from qvd_core.ops.fronts import checked_front
 
 _library = torch.library.Library("qvd", "DEF")  # type: ignore[no-untyped-call]
 for _signature in (
     "quantize_activation(Tensor x, Tensor? shift, Tensor? scale, Tensor? static_step, int bits, int rotation, "
     "str backend) -> (Tensor, Tensor)",
+    "quantize_fused(Tensor x, str front, Tensor? gain, Tensor? offset, float eps, Tensor? shift, Tensor? scale, "
+    "Tensor? static_step, int bits, int rotation, str backend) -> (Tensor, Tensor)",
     "quantize_image(Tensor x, Tensor? shift, Tensor? scale, Tensor? static_step, int bits, int rotation, "
     "SymInt[] padding, str backend) -> (Tensor, Tensor)",
     "int8_linear(Tensor codes, Tensor step, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, "
@@ -37,6 +40,7 @@ def _implement(name: str, method: str) -> None:
 
 
 _implement("quantize_activation", "quantize_rows")
+_implement("quantize_fused", "quantize_fused")
 _implement("quantize_image", "quantize_images")
 _implement("int8_linear", "linear")
 _implement("int8_conv", "conv")
@@ -54,6 +58,24 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), _fake_step(x, static_step)
+
+
+@torch.library.register_fake("qvd::quantize_fused", lib=_library)
+def _(
+    x: Tensor,
+    front: str,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    static_step: Tensor | None,
+    bits: int,
+    rotation: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1] // 2 if checked_front(x, front, gain, offset).gated else x.shape[1]
+    return x.new_empty((x.shape[0], channels), dtype=torch.int8), _fake_step(x, static_step)
 
 
 @torch.library.register_fake("qvd::quantize_image", lib=_library)

@@ -310,6 +310,11 @@ class TestLibrary:
         ("quantize_activation", (torch.randn(5, 8), torch.randn(8), torch.rand(8) + 1, None, 8, 0)),
         ("quantize_activation", (torch.randn(5, 8).bfloat16(), None, None, torch.ones(1), 6, 0)),
         ("quantize_activation", (torch.randn(5, 16), torch.randn(16), None, torch.rand(5, 1), 4, 8)),
+        ("quantize_fused", (torch.randn(4, 8), "gelu_mul", None, None, 0.0, torch.randn(4), None, None, 8, 0)),
+        (
+            "quantize_fused",
+            (torch.randn(4, 8), "layer_norm", torch.randn(2, 8), torch.randn(1, 8), 1e-6, None, None, ONE, 8, 0),
+        ),
         ("quantize_image", (torch.randn(2, 3, 5, 4), torch.randn(3), None, None, 8, 0, [1, 0, 2, 1])),
         ("quantize_image", (torch.randn(2, 4, 3, 5, 4), None, torch.rand(4) + 1, torch.ones(1), 8, 2, [0] * 6)),
         ("int8_linear", (random_codes(5, 8), torch.ones(5, 1), random_codes(3, 8), torch.ones(3, 1), *[None] * 3)),

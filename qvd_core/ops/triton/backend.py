@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qvd_core.ops.backend import output_size
 from qvd_core.ops.emulated import INT32_TERMS, Emulated
-from qvd_core.ops.fronts import apply_front, checked_front
+from qvd_core.ops.fronts import checked_front
 from qvd_core.ops.triton import conv as conv_launch
 from qvd_core.ops.triton import gemm, quantize
 from qvd_core.ops.triton.launch import FLOATS, available, floats, interpreted, runs_on
@@ -75,8 +75,7 @@ class TritonQuantizer(Emulated):
         """
         checked = checked_front(x, front, gain, offset)
         if not (_readable(x, shift, scale, static_step) and floats(gain, offset) and quantize.fits_fused(x, checked)):
-            x = apply_front(x, front, gain, offset, eps)
-            return self.quantize_rows(x, shift, scale, static_step, bits, rotation)
+            return super().quantize_fused(x, front, gain, offset, eps, shift, scale, static_step, bits, rotation)
         return quantize.quantize_fused(x, front, gain, offset, eps, shift, scale, static_step, bits, rotation)
 
     def quantize_images(
