@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernel_problem import Problem
 from benchmarks.kernel_shapes import Shape
+from benchmarks.machine import multiplies_in_16_bits
 from qvd_core import ops
 from qvd_core.packing import pack_int4
 
@@ -316,6 +317,8 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _sixteen(problem: Problem) -> Prepared:
+    if problem.shape.kind == "conv" and problem.device.type == "cpu" and not multiplies_in_16_bits():
+        raise RowUnavailable("no 16-bit arithmetic on this CPU: a convolution takes many times longer")
     return _float(problem, problem.half)
 
 

@@ -85,3 +85,10 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 def _cpu_lines() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+def multiplies_in_16_bits() -> bool:
+    """Whether this CPU, as far as the libraries may use it, has 16-bit products."""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    limited = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() == "AVX2"
+    return not limited and any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "avx512_fp16", "bf16"))

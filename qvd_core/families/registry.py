@@ -52,7 +52,7 @@ def family_or_generic(model: Any) -> Family:
             f"pass a video pipeline or its denoiser (for example {known})."
         )
     logger.warning(
-        "QVD has no entry for %s: using the generic rule (linear and 2-D convolution layers with at least %d inputs "
+        "QVD has no entry for %s: using the generic rule (linear and convolution layers with at least %d inputs "
         "and outputs, the first and the last layer kept).",
         name,
         GENERIC_MINIMUM_FEATURES,
