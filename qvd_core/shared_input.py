@@ -23,6 +23,7 @@ class _Last:
 
     input: weakref.ref[Tensor]
     version: int
+    address: int
     backend: str
     coded: Coded
     uses_left: int
@@ -32,7 +33,8 @@ class SharedInput:
     """The memory of one group of layers that transform their input alike.
 
     It holds codes from the first member's call to the last one's, at most as long as the input lives, and gives them
-    out for the very same, unmodified tensor only.
+    out for the very same, unmodified tensor only. (What is written through `.data` or NumPy, autograd's counter of
+    changes does not see, and neither does this.)
     """
 
     def __init__(self, members: int) -> None:
@@ -56,13 +58,14 @@ class SharedInput:
     def quantize(self, input: Tensor, backend: str, code: Callable[[], Coded]) -> Coded:
         """The codes of `input` and their step: remembered, or made by `code` and remembered for the others."""
         last = self._last
-        if last is not None and last.input() is input and (last.version, last.backend) == (input._version, backend):
+        now = (input._version, input.data_ptr(), backend)
+        if last is not None and last.input() is input and (last.version, last.address, last.backend) == now:
             last.uses_left -= 1
             if last.uses_left == 0:
                 self._last = None
             return last.coded
         coded = code()
-        self._last = _Last(weakref.ref(input, self._forget), input._version, backend, coded, uses_left=self.members - 1)
+        self._last = _Last(weakref.ref(input, self._forget), *now, coded, uses_left=self.members - 1)
         return coded
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
@@ -73,7 +76,8 @@ class SharedInput:
 def share_inputs(model: nn.Module) -> None:
     """Let the int8 linears of `model` that read one input, and transform it alike, quantize it once.
 
-    Call it when the layers hold their tensors; those on the meta device, or with other values, stay on their own.
+    Call it when the layers hold their tensors, and again after changing one; those on the meta device, with other
+    values, or with steps that follow the timestep, which the input does not tell, stay on their own.
     """
     family = find_family(model)
     if family is None:
@@ -94,6 +98,8 @@ def share_inputs(model: nn.Module) -> None:
 def _alike(first: QuantLinear, other: QuantLinear) -> bool:
     """Whether two layers code the same input alike."""
     if (first.plan.rotation, first.plan.steps_by) != (other.plan.rotation, other.plan.steps_by):
+        return False
+    if first.plan.steps_by == "timestep":
         return False
     names = ("input_shift", "input_scale", "activation_scale", "bucket_boundaries")
     return all(_equal(getattr(first, name), getattr(other, name)) for name in names)

@@ -18,7 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qvd_core.errors import QVDError
 from qvd_core.ops import library
+from qvd_core.ops.arguments import check_conv, check_linear, check_quantize
 from qvd_core.ops.dispatch import (
     KITCHEN,
     WEIGHT_ONLY,
@@ -59,6 +61,7 @@ def quantize_activation(
     or None for one dynamic step per row. rotation: channels per Hadamard block, 0 for none.
     Returns codes int8 [M, K] and step float32 [M, 1] (or [1]); a NaN in x makes its step NaN.
     """
+    check_quantize(x, (2,), static_step, bits)
     backend = integer_backend(backend, x.device)
     return library.quantize_activation(x, shift, scale, static_step, bits, rotation, backend)
 
@@ -107,7 +110,10 @@ def quantize_image(
     Returns codes int8 [B, *padded space, C] and step float32 [B, 1] (or [1]). The border holds the code of zero, which
     a shift moves: that keeps a convolution's bias fold exact at the edges.
     """
+    check_quantize(x, (4, 5), static_step, bits)
     padding = list(padding) or [0] * (2 * (x.dim() - 2))
+    if len(padding) != 2 * (x.dim() - 2):
+        raise QVDError(f"int8 operators: padding is {padding}, expected low and high of {x.dim() - 2} dimensions.")
     backend = integer_backend(backend, x.device)
     return library.quantize_image(x, shift, scale, static_step, bits, rotation, padding, backend)
 
@@ -129,6 +135,7 @@ def int8_linear(
     weight_scale float32 [N, 1]; bias [N] or None. residual [M, N] or None: what the product is added to; gate [G, N] or
     None: what it is multiplied with before, one row for each of G equal runs of rows. Returns `dtype` [M, N].
     """
+    check_linear(codes, step, weight, weight_scale, bias, residual, gate)
     backend = integer_backend(backend, codes.device)
     return library.int8_linear(codes, step, weight, weight_scale, bias, residual, gate, dtype, backend)
 
@@ -151,6 +158,7 @@ def int8_conv(
     float32 [N, 1, ...]; bias [N] or None. Returns `dtype` [B, N, *out], contiguous.
     """
     backend = integer_backend(backend, codes.device)
+    check_conv(codes, step, weight, weight_scale, bias, kernel, stride, dilation)
     sizes = (list(kernel), list(stride), list(dilation))
     return library.int8_conv(codes, step, weight, weight_scale, bias, *sizes, dtype, backend)
 

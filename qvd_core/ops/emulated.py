@@ -8,6 +8,7 @@ TF32 and bfloat16 multiply with, so reduced precision of matrix products does no
 from __future__ import annotations
 
 import math
+import platform
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from qvd_core.ops.backend import Backend
 
 EXACT_TERMS = 1024  # 1024 * 128 * 128 = 2^24
 INT32_TERMS = 2**17  # of products up to 2^14
+
+
+def _convolves_directly(codes: Tensor) -> bool:
+    """Whether a float32 convolution is a plain sum: Winograd's method, which others than oneDNN take, has fractions."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return (
+        codes.device.type == "cpu" and x86 and torch._C._get_mkldnn_enabled() and torch.backends.mkldnn.is_available()
+    )
 
 
 class Emulated(Backend):
@@ -35,11 +44,11 @@ class Emulated(Backend):
 
     def integer_conv(self, codes: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
         channels_per_piece = EXACT_TERMS // math.prod(weight.shape[2:])
-        # Elsewhere than on a CPU a convolution may be computed by Winograd's method, whose fractions are not exact.
-        if codes.device.type != "cpu" or channels_per_piece == 0 or weight[0].numel() >= INT32_TERMS:
+        if not _convolves_directly(codes) or channels_per_piece == 0 or weight[0].numel() >= INT32_TERMS:
             return super().integer_conv(codes, weight, stride, dilation)
         convolve = F.conv2d if codes.dim() == 4 else F.conv3d
-        images = codes.movedim(-1, 1)
+        # Laid out anew: with one channel, oneDNN misreads the strides of the view.
+        images = codes.movedim(-1, 1).clone(memory_format=torch.contiguous_format)
         channels = images.shape[1]
         if channels <= channels_per_piece:
             return convolve(images.float(), weight.float(), stride=stride, dilation=dilation).contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvd_core.errors import QVDError
 from qvd_core.ops.backend import output_size
 from qvd_core.ops.dispatch import backend as backend_named
 from qvd_core.ops.fronts import checked_front
@@ -181,6 +182,7 @@ def int8_linear(
     backend: str,
 ) -> Tensor:
     """`qvd::int8_linear` on the backend of that name."""
+    _refuse_meta(codes, weight)
     if _unwatched(codes):
         return backend_named(backend).linear(codes, step, weight, weight_scale, bias, residual, gate, dtype)
     out: Tensor = torch.ops.qvd.int8_linear(codes, step, weight, weight_scale, bias, residual, gate, dtype, backend)
@@ -201,6 +203,7 @@ def quantized_linear(
     backend: str,
 ) -> Tensor:
     """`qvd::quantize_activation` and `qvd::int8_linear`, in one call where nobody is looking."""
+    _refuse_meta(x, weight)
     factors = (weight, weight_scale, bias)
     if _unwatched(x):
         arguments = (x, shift, scale, static_step, bits, rotation, *factors, dtype)
@@ -222,6 +225,7 @@ def int8_conv(
     backend: str,
 ) -> Tensor:
     """`qvd::int8_conv` on the backend of that name."""
+    _refuse_meta(codes, weight)
     arguments = (codes, step, weight, weight_scale, bias, kernel, stride, dilation, dtype)
     if _unwatched(codes):
         return backend_named(backend).conv(*arguments)
@@ -235,6 +239,15 @@ def weight_only_linear(
     """`qvd::weight_only_linear` on the backend of that name."""
     out: Tensor = torch.ops.qvd.weight_only_linear(x, weight, weight_scale, bias, dtype, backend)
     return out
+
+
+def _refuse_meta(x: Tensor, weight: Tensor) -> None:
+    """PyTorch multiplies with a weight that was never loaded, and returns whatever lies in memory."""
+    if weight.is_meta and not x.is_meta:
+        raise QVDError(
+            "an int8 weight is still on the meta device: load the checkpoint into the model before running it, or "
+            "let the offloading hook that holds the weight bring it back."
+        )
 
 
 def _unwatched(x: Tensor) -> bool:

@@ -99,7 +99,7 @@ class TestLoad:
     def test_missing(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert library.open_library(tmp_path / "none.so") is None
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert "run emulated in float32; build it with `python -m qvd_core.ops.cpu.build`" in caplog.text
+        assert "run without them, exact but slower; build it with `python -m qvd_core.ops.cpu.build`" in caplog.text
 
     @needs_compiler
     def test_stale(self, small_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,7 +131,7 @@ def test_other_platforms_are_told(
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     caplog.set_level(logging.INFO)
     assert library.open_library(tmp_path / "none.so") is None
-    assert "need Linux on x86-64: int8 layers run emulated" in caplog.text
+    assert "need Linux on x86-64: int8 layers run without them" in caplog.text
 
 
 @needs_compiler

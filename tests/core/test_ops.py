@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from itertools import product
 
@@ -16,15 +15,11 @@ from torch.nn import functional as F
 from qvd_core import QuantSpec, QVDError, quantize_model
 from qvd_core.layers import QuantLinear
 from qvd_core.ops import (
-    KITCHEN,
-    WEIGHT_ONLY,
     available_backends,
-    dispatch,
     int8_conv,
     int8_linear,
     quantize_activation,
     quantize_image,
-    resolve_backend,
     weight_only_linear,
 )
 from qvd_core.ops.backend import output_size
@@ -142,6 +137,8 @@ class TestInt8Conv:
             ((2, 5, 3, 4, 16), (3, 16, 3, 1, 1), (1, 1, 1), (1, 1, 1)),
             ((1, 5, 7, 6, 3), (4, 3, 3, 2, 3), (1, 2, 1), (2, 1, 2)),
             ((1, 4, 8, 8, 130), (5, 130, 1, 2, 2), (1, 2, 2), (1, 1, 1)),
+            ((2, 5, 6, 5, 1), (16, 1, 1, 1, 3), (1, 1, 3), (1, 1, 1)),  # one channel: its stride says nothing
+            ((16, 11, 5, 1), (4, 1, 5, 3), (1, 3), (1, 1)),
         ],
     )
     @pytest.mark.parametrize("extreme", [False, True])
@@ -178,6 +175,89 @@ class TestInt8Conv:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = self.sums(codes, weight, (1, 1), (1, 1), backend)
         assert torch.equal(out, integer_conv(codes, weight, (1, 1), (1, 1)).float())
+
+    def test_exact_without_onednn(self, backend):
+        """What PyTorch takes instead computes 3 x 3 kernels of many images by Winograd's method, in fractions."""
+        codes, weight = random_codes(16, 12, 12, 64), random_codes(8, 64, 3, 3, seed=1)
+        with torch.backends.mkldnn.flags(enabled=False):
+            out = self.sums(codes, weight, (1, 1), (1, 1), backend)
+        assert torch.equal(out, integer_conv(codes, weight, (1, 1), (1, 1)).float())
+
+
+@backends
+class TestHardTensors:
+    """Tensors whose memory is not what they say: a pending negation, a subclass, nothing at all."""
+
+    def test_pending_negation(self, backend):
+        x, codes = torch.randn(3, 8), random_codes(3, 8)
+        weight, scale = random_codes(4, 8, seed=1), torch.rand(4, 1)
+        negated, plain = quantize_activation(torch._neg_view(x), None, None, None, 8, backend=backend), -x
+        assert torch.equal(negated[0], quantize_activation(plain, None, None, None, 8, backend=backend)[0])
+        arguments = (codes, ONE, weight)
+        out = int8_linear(*arguments, torch._neg_view(scale), None, torch.float32, backend=backend)
+        assert torch.equal(out, int8_linear(*arguments, -scale, None, torch.float32, backend=backend))
+
+    def test_a_subclass_in_any_place(self, backend):
+        class Own(Tensor):
+            pass
+
+        codes, weight, scale = random_codes(3, 8), random_codes(4, 8, seed=1), torch.rand(4, 1)
+        expected = int8_linear(codes, ONE, weight, scale, None, torch.float32, backend=backend)
+        out = int8_linear(codes, ONE, weight.as_subclass(Own), scale, None, torch.float32, backend=backend)
+        assert torch.equal(out.as_subclass(Tensor), expected)
+
+    def test_weight_on_meta(self, backend):
+        arguments = (torch.ones(4, 1), None, torch.float32)
+        with pytest.raises(QVDError, match="still on the meta device: load the checkpoint"):
+            int8_linear(random_codes(3, 8), ONE, random_codes(4, 8).to("meta"), *arguments, backend=backend)
+        model = quantize_model(nn.Sequential(nn.Linear(64, 64)), QuantSpec(backend=backend))
+        model[0].weight = nn.Parameter(model[0].weight.to("meta"), requires_grad=False)
+        with pytest.raises(QVDError, match="still on the meta device"):
+            model(torch.randn(2, 64))
+
+
+CODES, WEIGHT, SCALE = random_codes(6, 8), random_codes(4, 8), torch.ones(4, 1)
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"step": torch.ones(6)}, r"step is torch.float32 \[6\], expected float32 \[1\] or \[6, 1\]"),
+            ({"codes": CODES.int()}, "codes is torch.int32"),
+            ({"weight": WEIGHT[:, :7]}, r"weight is torch.int8 \[4, 7\], expected int8 \[N, 8\]"),
+            ({"weight": torch.zeros(4, 5, dtype=torch.uint8)}, r"4-bit codes uint8 \[N, 4\]"),
+            ({"weight_scale": torch.ones(3, 1)}, "weight_scale"),
+            ({"bias": torch.ones(5)}, "bias"),
+            ({"residual": torch.ones(5, 4)}, "residual"),
+            ({"gate": torch.ones(4, 4)}, "gate .* G a divisor of 6"),
+            ({"gate": torch.ones(0, 4)}, "gate"),
+        ],
+    )
+    def test_linear(self, change, message):
+        arguments = {"codes": CODES, "step": ONE, "weight": WEIGHT, "weight_scale": SCALE, "bias": None} | change
+        with pytest.raises(QVDError, match=message):
+            int8_linear(**arguments, dtype=torch.float32)
+
+    @pytest.mark.parametrize(
+        ("kernel", "stride", "dilation"), [((5, 5), (1, 1), (1, 1)), ((3, 3), (0, 1), (1, 1)), ((3, 3), (1, 1), (9, 1))]
+    )
+    def test_conv(self, kernel, stride, dilation):
+        codes, weight, scale = random_codes(1, 6, 6, 2), random_codes(3, 2, 3, 3), torch.ones(3, 1, 1, 1)
+        with pytest.raises(QVDError, match="int8 operators"):
+            int8_conv(codes, ONE, weight, scale, None, kernel, stride, dilation, torch.float32)
+
+    def test_quantize(self):
+        for x, bits in (
+            (torch.randn(3), 8),
+            (torch.randn(2, 0), 8),
+            (torch.ones(2, 3).int(), 8),
+            (torch.randn(2, 3), 9),
+        ):
+            with pytest.raises(QVDError, match="int8 operators"):
+                quantize_activation(x, None, None, None, bits)
+        with pytest.raises(QVDError, match="padding is"):
+            quantize_image(torch.randn(1, 2, 3, 3), None, None, None, 8, 0, (1, 1))
 
 
 @backends
@@ -386,102 +466,3 @@ class TestLibrary:
         with torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, backend=backend)
             assert torch.equal(compiled(x), model(x))
-
-
-class TestBackendChoice:
-    def test_auto(self, monkeypatch):
-        monkeypatch.delenv("QVD_BACKEND", raising=False)
-        assert resolve_backend() in available_backends("cpu") and resolve_backend("reference") == "reference"
-
-    def test_every_spec_choice_is_known(self):
-        from qvd_core.spec import _CHOICES
-
-        assert set(_CHOICES["backend"]) == {"auto", WEIGHT_ONLY, KITCHEN, *dispatch._BACKENDS}
-
-    def test_environment_wins(self, monkeypatch):
-        monkeypatch.setenv("QVD_BACKEND", "reference")
-        assert resolve_backend("emulated") == resolve_backend() == "reference"
-
-    def test_empty_environment_is_unset(self, monkeypatch):
-        monkeypatch.setenv("QVD_BACKEND", "")
-        assert resolve_backend("reference") == "reference"
-
-    def test_environment_reaches_the_layers(self, monkeypatch):
-        model = quantize_model(nn.Sequential(nn.Linear(64, 64)), QuantSpec(backend="emulated"))
-        called = []
-        reference = dispatch.backend("reference")
-        original = reference.integer_linear
-        monkeypatch.setattr(reference, "integer_linear", lambda *a: called.append(1) or original(*a))
-        monkeypatch.setenv("QVD_BACKEND", "reference")
-        with torch.no_grad():
-            model(torch.randn(2, 64))
-        assert called
-
-    @pytest.mark.parametrize("module", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1), nn.Conv3d(64, 64, 1)])
-    def test_weight_only_layers(self, module):
-        """No activation is quantized: what remains is the rounding of the weight."""
-        torch.manual_seed(0)
-        x = torch.randn((3, 64) if isinstance(module, nn.Linear) else (2, 64, *[5] * (module.weight.dim() - 2)))
-        layer = quantize_model(nn.Sequential(copy.deepcopy(module)), QuantSpec(backend=WEIGHT_ONLY))[0]
-        twin = copy.deepcopy(module)
-        twin.weight.data = layer.dequantized_weight()
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), twin(x), rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize(
-        ("capability", "triton", "many", "few"),
-        [
-            ((9, 0), None, "triton", WEIGHT_ONLY),
-            ((12, 0), "triton is not installed", "int_mm", WEIGHT_ONLY),
-            ((7, 5), "too old", "int_mm", WEIGHT_ONLY),
-            ((7, 0), "too old", "emulated", "emulated"),
-            ((10, 3), None, WEIGHT_ONLY, WEIGHT_ONLY),  # next to no int8 units
-        ],
-    )
-    def test_gpus(self, monkeypatch, capability, triton, many, few):
-        monkeypatch.delenv("QVD_BACKEND", raising=False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(dispatch, "_triton_missing", lambda device: triton)
-        caches = (dispatch._automatic, dispatch._remembered_names)
-        for cached in caches:
-            cached.cache_clear()
-        try:
-            answers = [resolve_backend("auto", "cuda:0", rows) for rows in (4096, None, 17, 16, 1)]
-            assert answers == [many, many, many, few, few]
-        finally:
-            for cached in caches:
-                cached.cache_clear()
-
-    def test_unknown_name(self, monkeypatch):
-        monkeypatch.setenv("QVD_BACKEND", "cutlass")
-        with pytest.raises(QVDError, match="unknown int8 backend 'cutlass'"):
-            int8_linear(random_codes(1, 2), ONE, random_codes(1, 2), torch.ones(1, 1), None, torch.float32)
-
-    def test_a_backend_of_another_device(self):
-        with pytest.raises(QVDError, match="'triton', chosen by the layer's setting, cannot run on cpu"):
-            resolve_backend("triton", "cpu")
-
-
-class TestKitchen:
-    def test_absent(self, monkeypatch):
-        monkeypatch.setattr(dispatch.kitchen, "installed", lambda: False)
-        dispatch._chosen.cache_clear()
-        with pytest.raises(QVDError, match="'comfy_kitchen', chosen by the layer's setting, is not installed"):
-            resolve_backend(KITCHEN)
-
-    def test_plain_layers_and_others(self, monkeypatch):
-        """It runs what it can: other layers keep our operators, and the numbers are the same in float32."""
-        kitchen = pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
-        called = []
-        monkeypatch.setattr(kitchen, "int8_linear", lambda *a, f=kitchen.int8_linear: called.append(1) or f(*a))
-        torch.manual_seed(0)
-        x, source = torch.randn(20, 64), nn.Sequential(nn.Linear(64, 64))
-        for bits, uses in ((8, 1), (6, 0)):
-            spec = QuantSpec(activation_bits=bits, backend=KITCHEN)
-            layer = quantize_model(copy.deepcopy(source), spec)[0]
-            with torch.no_grad():
-                out = layer(x)
-                layer.spec = QuantSpec(activation_bits=bits, backend="reference")
-                torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-5)
-            assert len(called) == uses
-            called.clear()

@@ -75,7 +75,7 @@ def linear(
     supported = (
         _are_codes(codes, weight, depth)
         and _are_factors(step, rows, weight_scale, columns, bias)
-        and (residual is None or (residual.shape == (rows, columns) and residual.is_cpu))
+        and (residual is None or (residual.shape == (rows, columns) and library.is_readable(residual)))
         and (gate is None or (residual is not None and _is_gate(gate, rows, columns)))
         and {dtype, residual_type} <= library.DTYPE_CODES.keys()
     )
@@ -190,12 +190,12 @@ def conv(
 
 def _are_codes(codes: Tensor, weight: Tensor, depth: int, features: tuple[int, ...] | None = None) -> bool:
     """Is this what the C functions read: sizes that do not fit would let them read past the end."""
-    return codes.is_cpu and codes.dtype == torch.int8 and _is_weight(weight, depth, features)
+    return library.is_readable(codes) and codes.dtype == torch.int8 and _is_weight(weight, depth, features)
 
 
 def _is_weight(weight: Tensor, depth: int, features: tuple[int, ...] | None = None) -> bool:
     """int8 [N, *features], [N, depth] where there are none, or uint8 with two codes of one row per byte."""
-    if not weight.is_cpu:
+    if not library.is_readable(weight):
         return False
     if weight.dtype == torch.uint8:
         return weight.shape[1:] == ((depth + 1) // 2,)
@@ -204,15 +204,19 @@ def _is_weight(weight: Tensor, depth: int, features: tuple[int, ...] | None = No
 
 def _are_factors(step: Tensor, rows: int, weight_scale: Tensor, columns: int, bias: Tensor | None) -> bool:
     """One float32 step in all or per row, one scale per output channel, and a bias for each or none."""
-    fits = step.is_cpu and weight_scale.is_cpu and step.dtype == weight_scale.dtype == torch.float32
+    fits = (
+        library.is_readable(step)
+        and library.is_readable(weight_scale)
+        and step.dtype == weight_scale.dtype == torch.float32
+    )
     fits = fits and step.numel() in (1, rows) and weight_scale.numel() == columns
-    return fits and (bias is None or (bias.is_cpu and bias.shape == (columns,)))
+    return fits and (bias is None or (library.is_readable(bias) and bias.shape == (columns,)))
 
 
 def _is_gate(gate: Tensor, rows: int, columns: int) -> bool:
     """A row per equal share of the rows."""
     fits = gate.dim() == 2 and gate.shape[1] == columns and len(gate) > 0 and rows % len(gate) == 0
-    return fits and gate.is_cpu
+    return fits and library.is_readable(gate)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

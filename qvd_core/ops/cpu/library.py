@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qvd_core.errors import QVDError
 from qvd_core.ops.cpu import build
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 ISA_CODES = {"avx2": 1, "avx512vnni": 2}  # enum qvd_isa
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum qvd_dtype
+_WITHOUT = "int8 layers run without them, exact but slower"
 _HOW_TO_BUILD = "build it with `python -m qvd_core.ops.cpu.build` (needs gcc or clang)"
 
 _lock = threading.Lock()
@@ -40,30 +42,42 @@ def load() -> ctypes.CDLL | None:
 def open_library(path: Path) -> ctypes.CDLL | None:
     """Load one library file, checked and with PyTorch's threads; None, and one log line, when it cannot be used."""
     if not build.is_supported():
-        logger.info("QVD's C kernels need Linux on x86-64: int8 layers run emulated in float32.")
+        logger.info("QVD's C kernels need Linux on x86-64: int8 layers run without them, exact but slower.")
         return None
     if not path.exists():
-        logger.warning("QVD's C kernels are not built: int8 layers run emulated in float32; %s.", _HOW_TO_BUILD)
+        logger.warning(
+            "QVD's C kernels are not built: int8 layers run without them, exact but slower; %s.", _HOW_TO_BUILD
+        )
         return None
     try:
         library = ctypes.CDLL(str(path))
         library.qvd_abi.restype = ctypes.c_uint
         found = library.qvd_abi()
     except (OSError, AttributeError) as error:
-        logger.warning("%s cannot be loaded (%s): int8 layers run emulated in float32; %s.", path, error, _HOW_TO_BUILD)
+        logger.warning(
+            "%s cannot be loaded (%s): int8 layers run without them, exact but slower; %s.",
+            path,
+            error,
+            _HOW_TO_BUILD,
+        )
         return None
     if found != build.fingerprint():
         logger.warning(
-            "%s is stale, compiled from other sources than those beside it: int8 layers run emulated in float32; %s.",
-            *(path, _HOW_TO_BUILD),
+            "%s is stale, compiled from other sources than those beside it: %s; %s.",
+            *(path, _WITHOUT, _HOW_TO_BUILD),
         )
         return None
     library.qvd_best_isa.restype = ctypes.c_int
     if library.qvd_best_isa() == 0:
-        logger.info("QVD's C kernels need a CPU with AVX2: int8 layers run emulated in float32.")
+        logger.info("QVD's C kernels need a CPU with AVX2: int8 layers run without them, exact but slower.")
         return None
     _borrow_threads(library)
     return library
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether C may read the tensor's memory as it is: on the CPU, no subclass, no pending negation."""
+    return tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
 
 
 @cache

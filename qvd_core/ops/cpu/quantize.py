@@ -117,10 +117,12 @@ def is_supported(
 ) -> bool:
     """Are these what the C functions read: x [M, K, ...] with `steps` rows or images."""
     channels = x.shape[1]
-    if not (x.is_cpu and x.dtype in library.DTYPE_CODES and x.numel() > 0):
+    if not (library.is_readable(x) and x.dtype in library.DTYPE_CODES and x.numel() > 0):
         return False
     for factor, shapes in ((shift, ((channels,),)), (scale, ((channels,),)), (static_step, ((1,), (steps, 1)))):
-        if factor is not None and not (factor.is_cpu and factor.dtype == torch.float32 and factor.shape in shapes):
+        if factor is not None and not (
+            library.is_readable(factor) and factor.dtype == torch.float32 and factor.shape in shapes
+        ):
             return False
     power_of_two = rotation & (rotation - 1) == 0
     fits = 1 < rotation <= _LARGEST_ROTATION and power_of_two and channels % rotation == 0
