@@ -22,10 +22,8 @@ INT32_TERMS = 2**17  # of products up to 2^14
 
 def _convolves_directly(codes: Tensor) -> bool:
     """Whether a float32 convolution is a plain sum: Winograd's method, which others than oneDNN take, has fractions."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return (
-        codes.device.type == "cpu" and x86 and torch._C._get_mkldnn_enabled() and torch.backends.mkldnn.is_available()
-    )
+    on_x86 = codes.device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()
 
 
 class Emulated(Backend):
