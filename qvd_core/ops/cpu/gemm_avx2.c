@@ -1,6 +1,6 @@
 /* AVX2: codes widened to int16, then vpmaddwd, whose pair sums are exact in int32.
  * (vpmaddubsw would take the codes as they are, but it saturates its int16 pair sums: wrong, silently.) */
-#include "gemm.h"
+#include "gemm_transpose.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -25,29 +25,11 @@ QVD_TARGET_AVX2 static void pack_rows(const int8_t *const *views, void *panel, i
 /* Eight rows of 16 codes -> [8 pairs][8 rows][2] int16, that is a transposition of 32-bit units. */
 QVD_TARGET_AVX2 QVD_INLINE void transpose_pairs(const int8_t *const *views, int k, int16_t *panel)
 {
-    __m256i in[8], pairs[8];
+    __m256i in[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         in[i] = widen(views[i] + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_epi32(in[i], in[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_epi32(in[i], in[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        in[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-        in[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-        in[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-        in[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m256i low = _mm256_permute2x128_si256(in[j], in[4 + j], 0x20);
-        __m256i high = _mm256_permute2x128_si256(in[j], in[4 + j], 0x31);
-        _mm256_storeu_si256((__m256i *)(panel + j * COLUMNS * 2), low);
-        _mm256_storeu_si256((__m256i *)(panel + (4 + j) * COLUMNS * 2), high);
-    }
+    qvd_transpose_units(in, panel, COLUMNS * 2 * (int)sizeof *panel);
 }
 
 /* Panel [chunk][32 pairs][16 columns][2] int16. */

@@ -2,7 +2,7 @@
  *
  * One side is a weight in [-8, 7]. As columns it becomes unsigned, [0, 15], against signed codes; as rows it meets
  * unsigned pixels, [0, 255]. A pair sum is at most 2 * 255 * 8 = 4080, and eight of them fit int16. */
-#include "gemm.h"
+#include "gemm_transpose.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -28,29 +28,11 @@ QVD_TARGET_AVX2 static void pack_rows(const int8_t *const *views, void *panel, i
 /* Eight rows of 32 codes -> [8 groups][8 rows][4], that is a transposition of 32-bit units. */
 QVD_TARGET_AVX2 QVD_INLINE void transpose_groups(const int8_t *const *views, int k, __m256i offset, uint8_t *panel)
 {
-    __m256i in[8], pairs[8];
+    __m256i in[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         in[i] = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)(views[i] + k)), offset);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_epi32(in[i], in[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_epi32(in[i], in[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        in[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-        in[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-        in[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-        in[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m256i low = _mm256_permute2x128_si256(in[j], in[4 + j], 0x20);
-        __m256i high = _mm256_permute2x128_si256(in[j], in[4 + j], 0x31);
-        _mm256_storeu_si256((__m256i *)(panel + j * COLUMNS * GROUP), low);
-        _mm256_storeu_si256((__m256i *)(panel + (4 + j) * COLUMNS * GROUP), high);
-    }
+    qvd_transpose_units(in, panel, COLUMNS * GROUP);
 }
 
 /* Panel [chunk][16 groups][16 columns][4], the codes made unsigned by `offset`. */
