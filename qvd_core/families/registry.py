@@ -7,13 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from qvd_core.errors import QVDError
+from qvd_core.families import cogvideox, cosmos, hunyuan, kandinsky, ltx, mochi, sana, unets, wan
 from qvd_core.families.family import Family
-from qvd_core.families.transformers import COGVIDEOX, HUNYUAN_VIDEO, LTX_VIDEO, MOCHI, WAN
-from qvd_core.families.unets import ANIMATEDIFF, SVD
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, LTX_VIDEO, COGVIDEOX, MOCHI, ANIMATEDIFF, SVD)
+FAMILIES: tuple[Family, ...] = (
+    *wan.FAMILIES,
+    *hunyuan.FAMILIES,
+    *ltx.FAMILIES,
+    *cogvideox.FAMILIES,
+    *mochi.FAMILIES,
+    *cosmos.FAMILIES,
+    *kandinsky.FAMILIES,
+    *sana.FAMILIES,
+    *unets.FAMILIES,
+)
 
 GENERIC_MINIMUM_FEATURES = 64
 GENERIC = Family(name="generic", classes=(), keep=(), minimum_features=GENERIC_MINIMUM_FEATURES)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from qvd_core.families.family import Family, Fold
-
-_QKV = ("to_q", "to_k", "to_v")
+from qvd_core.families.names import QKV
 
 
 def _block_folds(block: str, attentions: tuple[tuple[str, ...], ...], positions: bool = False) -> tuple[Fold, ...]:
@@ -34,9 +33,9 @@ ANIMATEDIFF = Family(
     temporal_features=("time_proj", "time_embedding", "mid_block.resnets.0.nonlinearity"),
     other_conditions=("add_embedding",),
     shared_inputs=(
-        (f"{_MOTION}.transformer_blocks.*.attn1", _QKV),
-        (f"{_MOTION}.transformer_blocks.*.attn2", _QKV),
-        (f"{_SPATIAL}.transformer_blocks.*.attn1", _QKV),
+        (f"{_MOTION}.transformer_blocks.*.attn1", QKV),
+        (f"{_MOTION}.transformer_blocks.*.attn2", QKV),
+        (f"{_SPATIAL}.transformer_blocks.*.attn1", QKV),
         (f"{_SPATIAL}.transformer_blocks.*.attn2", ("to_k", "to_v")),
     ),
     prompt_inputs=tuple(f"{_SPATIAL}.transformer_blocks.*.attn2.{layer}" for layer in ("to_k", "to_v")),
@@ -46,8 +45,8 @@ ANIMATEDIFF = Family(
     folds=(
         Fold("norm", _MOTION, ("norm",), ("proj_in",)),
         Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
-        *_block_folds(f"{_MOTION}.transformer_blocks.*", (_QKV, _QKV), positions=True),
-        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (_QKV, ("to_q",))),
+        *_block_folds(f"{_MOTION}.transformer_blocks.*", (QKV, QKV), positions=True),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (QKV, ("to_q",))),
     ),
 )
 
@@ -59,7 +58,7 @@ SVD = Family(
     shared_inputs=tuple(
         (f"{_SPATIAL}.{blocks}.*.{attention}", children)
         for blocks in ("transformer_blocks", "temporal_transformer_blocks")
-        for attention, children in (("attn1", _QKV), ("attn2", ("to_k", "to_v")))
+        for attention, children in (("attn1", QKV), ("attn2", ("to_k", "to_v")))
     ),
     prompt_inputs=tuple(
         f"{_SPATIAL}.{blocks}.*.attn2.{layer}"
@@ -77,7 +76,9 @@ SVD = Family(
         Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
         Fold("norm", f"{_SPATIAL}.temporal_transformer_blocks.*", ("norm_in",), ("ff_in.net.0.proj",)),
         Fold("gate", f"{_SPATIAL}.temporal_transformer_blocks.*", ("ff_in.net.0.proj",), ("ff_in.net.2",)),
-        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (_QKV, ("to_q",))),
-        *_block_folds(f"{_SPATIAL}.temporal_transformer_blocks.*", (_QKV, ("to_q",))),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (QKV, ("to_q",))),
+        *_block_folds(f"{_SPATIAL}.temporal_transformer_blocks.*", (QKV, ("to_q",))),
     ),
 )
+
+FAMILIES = (ANIMATEDIFF, SVD)

@@ -16,7 +16,7 @@ from qvd_core.folds import TensorEdit, fold_sites, producer_edits
 from qvd_core.plan import quantizable_layers
 from qvd_core.transform import Transform
 from qvd_core.weights import per_input_channel, sum_over_inputs
-from tests.core.tiny_families import TinyFamily
+from tests.tiny_models import TinyFamily
 
 
 def family_of(tiny: TinyFamily) -> Family:

@@ -22,7 +22,7 @@ from qvd_core.families import FAMILIES, Family, family_or_generic
 from qvd_core.families.patterns import has_prefix, matches
 from qvd_core.plan import quantizable_layers
 from tests.core.folding import family_of, gemm_layers
-from tests.core.tiny_families import BATCH, FRAMES, TINY_FAMILIES, TinyFamily, tiny_family
+from tests.tiny_models import BATCH, FRAMES, TINY_FAMILIES, TinyFamily, tiny_family
 
 parts = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=5)
 

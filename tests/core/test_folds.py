@@ -27,7 +27,7 @@ from tests.core.folding import (
     random_transforms,
     transform_inputs,
 )
-from tests.core.tiny_families import TINY_FAMILIES, tiny_family
+from tests.tiny_models import TINY_FAMILIES, tiny_family
 
 EXACT = 1e-3  # METHOD 5.1: |dY| < 1e-3 rms
 WRONG = 1e-2  # what a wrong fold must at least do

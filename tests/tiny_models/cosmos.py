@@ -1,0 +1,9 @@
+"""Cosmos 1 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.tiny_models.base import TinyFamily
+
+BUILDERS: dict[str, Callable[[], TinyFamily]] = {}
