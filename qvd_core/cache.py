@@ -37,6 +37,10 @@ class ScaleCache:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
+    def partial_path(self, key: str) -> Path:
+        """Where a calibration that is under way keeps what it has seen."""
+        return self.folder / f"{key}.unfinished.safetensors"
+
     def load(self, key: str) -> Scales | None:
         """The cached scales; None when there are none or when their file is damaged (a warning says so)."""
         path = self.path(key)

@@ -15,16 +15,16 @@ from qvd_core.checks import check_finite_weights
 from qvd_core.convert import quantized_layer
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
-from qvd_core.families import family_or_generic
 from qvd_core.fingerprint import structure_fingerprint, weight_probe
 from qvd_core.folds import fold_sites
-from qvd_core.observation import Observation, check_observed
-from qvd_core.plan import layer_spec, plan_layers, quantizable_layers, refuse_fused, refuse_quantized
+from qvd_core.observation import Observation, check_observed, watch
+from qvd_core.plan import layer_spec, plan_layers
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.sensitivity import END_EFFECT, end_effects
 from qvd_core.spec import QuantSpec
 from qvd_core.steps import static_steps
-from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
+from qvd_core.temporal_fit import fit_codebook, stack_features
+from qvd_core.weight_source import read_finite
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -51,25 +51,14 @@ def calibrate_model(
     return search_scales(observe_model(model, run, spec), spec, progress, calibrated_on, sensitivity)
 
 
-@torch.no_grad()
 def observe_model(model: nn.Module, run: Callable[[], object], spec: QuantSpec | None = None) -> Observation:
     """The first half of `calibrate_model`: what `search_scales` needs, for any spec with the same layers.
 
     Of `spec` only the layers to leave out matter.
     """
-    spec = spec or QuantSpec()
-    refuse_quantized(model)
-    refuse_fused(model)
-    family = family_or_generic(model)
-    layers = quantizable_layers(model, family, spec)
-    if not layers:
-        raise QVDError(f"{type(model).__name__} has no layer that QVD can quantize: nothing was calibrated.")
-    check_finite_weights(layers)
-    observation = Observation(model, family, layers)
-    with observation.watching():
-        run()
-    if observation.passes == 0:
-        raise QVDError("the calibration run never called the model: pass prompts or a callable that samples with it.")
+    observation = Observation.of(model, spec or QuantSpec())
+    check_finite_weights(observation.layers)
+    watch([observation], run)
     return observation
 
 
@@ -102,12 +91,11 @@ def _fit_temporal(observation: Observation, scales: Scales) -> None:
     """
     if scales.spec.temporal == "none":
         return
-    between = grid_features(observation.model, observation.family) if observation.features else {}
     groups: list[tuple[Tensor, list[str]]] = []
     for name, observer in observation.features.items():
         if not observer.features:
             continue
-        features = stack_features({**between, **observer.features})
+        features = stack_features({**(observation.grid or {}), **observer.features})
         check_observed(name, features)
         same = next((names for known, names in groups if torch.equal(known, features)), None)
         if same is None:
@@ -115,7 +103,8 @@ def _fit_temporal(observation: Observation, scales: Scales) -> None:
         else:
             same.append(name)
     for features, names in groups:
-        quantizer, report = fit_codebook(features, [observation.layers[name] for name in names], scales.spec)
+        weights = [read_finite(observation.weights, name)[0] for name in names]
+        quantizer, report = fit_codebook(features, weights, scales.spec)
         for name in names:
             scales.temporal[name] = quantizer
             scales.report[name] = dict(report)
@@ -126,10 +115,11 @@ def _search_transforms(observation: Observation, scales: Scales, progress: Progr
     for done, (first, names) in enumerate(observation.groups.items()):
         if progress is not None:
             progress(done, len(observation.groups), first)
-        statistics = observation.statistics(first)
-        if statistics is None:
+        if observation.inputs[first].count == 0:
             continue  # never reached by this run; the plan decides whether that matters
-        members = {name: _member(observation.layers[name]) for name in names}
+        members = {name: _member(observation, name) for name in names}
+        statistics = observation.statistics(first, members[first].weight.device)
+        assert statistics is not None
         spec = layer_spec(observation.family, first, scales.spec)
         choice = choose(statistics, list(members.values()), spec, allowed.get(first))
         if spec.compensates_rounding:
@@ -184,11 +174,13 @@ def _figures(statistics: InputStatistics, member: Member, choice: Choice, spec: 
 
 def _measure_sensitivity(observation: Observation, scales: Scales, progress: Progress | None) -> None:
     """Put the end effect of every layer that would be quantized into the report."""
+    if observation.running is not observation.model:
+        raise QVDError("the effect of each layer can only be measured on a full-precision model that is in memory.")
     spec = replace(scales.spec, auto_keep=None, portable=False)  # one layer alone folds into no producer
     encoding = Encoding(plan_layers(observation.model, spec, scales), spec, scales)
 
     def quantized(name: str) -> nn.Module:
-        layer = quantized_layer(name, observation.layers[name], encoding)
+        layer = quantized_layer(name, observation.layers[name], encoding, observation.weights(name))
         layer.clock = observation.clock
         return layer
 
@@ -203,7 +195,6 @@ def _measure_sensitivity(observation: Observation, scales: Scales, progress: Pro
         scales.report.setdefault(name, {})[END_EFFECT] = decibels
 
 
-def _member(module: nn.Module) -> Member:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    return Member(weight.detach().float(), bias.detach().float() if isinstance(bias, Tensor) else None)
+def _member(observation: Observation, name: str) -> Member:
+    weight, bias = read_finite(observation.weights, name)
+    return Member(weight.float(), None if bias is None else bias.float())

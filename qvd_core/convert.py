@@ -68,13 +68,18 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scal
     return model
 
 
-def quantized_layer(name: str, source: nn.Module, encoding: Encoding) -> QuantizedLayer:
-    """The quantized version of one float layer, on its device."""
-    weight, bias = source.weight, source.bias
-    assert isinstance(weight, Tensor)
-    tensors = encoding.encode(name, weight, bias)  # type: ignore[arg-type]
+def quantized_layer(
+    name: str, source: nn.Module, encoding: Encoding, tensors: tuple[Tensor, Tensor | None] | None = None
+) -> QuantizedLayer:
+    """The quantized version of one float layer, on the device of its weight.
+
+    tensors: its weight and bias where the layer does not hold them itself.
+    """
+    weight, bias = (source.weight, source.bias) if tensors is None else tensors
+    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
+    encoded = encoding.encode(name, weight, bias)
     layer = make_layer(source, encoding.plan[name], encoding.spec, weight.dtype)
-    fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in tensors.items()})
+    fill_layer(layer, {key: tensor.to(weight.device) for key, tensor in encoded.items()})
     return layer
 
 
@@ -160,9 +165,16 @@ def _fit_data_free(model: nn.Module, projections: Sequence[nn.Module], spec: Qua
     features = grid_features(model, family) if projections and family is not None else {}
     if not features:
         return None
-    quantizer, report = fit_codebook(stack_features(features), projections, spec)
+    quantizer, report = fit_codebook(stack_features(features), [_float_weight(layer) for layer in projections], spec)
     logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report["tdr"])
     return quantizer
+
+
+def _float_weight(layer: nn.Module) -> Tensor:
+    """float32 weight of a float or a quantized layer."""
+    weight = layer.dequantized_weight() if isinstance(layer, QuantizedLayer) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 @torch.no_grad()

@@ -30,9 +30,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Layers that read one input share its statistics; the format wants every tensor to own its memory.
-        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, partial, metadata)
+        save_file(_owning_their_memory(tensors), partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
@@ -40,6 +38,19 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
         with suppress(OSError):  # not there in the first place, or in a folder that never was
             partial.unlink()
     return path
+
+
+def _owning_their_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; copies of those that share memory, as statistics of one input may: the format forbids it."""
+    owned: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in memory or storage.nbytes() != tensor.nbytes
+        owned[name] = tensor.clone() if shared else tensor
+        memory.add(owned[name].untyped_storage().data_ptr())
+    return owned
 
 
 def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -24,6 +24,7 @@ from qvd_core.clock import SamplingClock
 from qvd_core.ops import (
     KITCHEN,
     WEIGHT_ONLY,
+    gradient,
     integer_backend,
     kitchen,
     library,
@@ -135,15 +136,19 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] of any float dtype -> [..., N] of the same dtype."""
         rows = input.reshape(-1, self.in_features)
-        backend = resolve_backend(self.spec.backend, input.device, rows.shape[0])
-        if backend == WEIGHT_ONLY:
-            out = self._weight_only(rows)
-        elif backend == KITCHEN and self._is_plain():
-            out = kitchen.token_linear(rows, self.weight, self.weight_scale, self.bias, input.dtype)
-        else:
-            backend = integer_backend(backend, input.device) if backend == KITCHEN else backend
-            out = self._integer(input, rows, backend)
+        watched = torch.is_grad_enabled() and gradient.wanted(input, self.bias)
+        out = gradient.linear(self, input, rows) if watched else self.infer(input, rows)
         return out.view(*input.shape[:-1], self.out_features)
+
+    def infer(self, input: Tensor, operand: Tensor) -> Tensor:
+        """The product, without gradients: input [..., K], operand its rows [M, K] -> [M, N] of the same dtype."""
+        backend = resolve_backend(self.spec.backend, input.device, operand.shape[0])
+        if backend == WEIGHT_ONLY:
+            return self._weight_only(operand)
+        if backend == KITCHEN and self._is_plain():
+            return kitchen.token_linear(operand, self.weight, self.weight_scale, self.bias, input.dtype)
+        backend = integer_backend(backend, input.device) if backend == KITCHEN else backend
+        return self._integer(input, operand, backend)
 
     def _integer(self, input: Tensor, rows: Tensor, backend: str) -> Tensor:
         # A module's attribute lookup takes longer than a row of a small layer's product.
@@ -209,6 +214,11 @@ class QuantConvolution(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, (T,) H, W] of any float dtype -> [B, N, (T',) H', W'] of the same dtype."""
+        watched = torch.is_grad_enabled() and gradient.wanted(input, self.bias)
+        return gradient.convolution(self, input) if watched else self.infer(input, input)
+
+    def infer(self, input: Tensor, operand: Tensor) -> Tensor:
+        """The convolution, without gradients; both arguments are the input."""
         backend = resolve_backend(self.spec.backend, input.device)
         if backend == WEIGHT_ONLY:
             return self._weight_only(input)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from qvd_core.clock import SamplingClock
 from qvd_core.errors import QVDError
-from qvd_core.families import Family
+from qvd_core.families import Family, family_or_generic
 from qvd_core.observe import FeatureObserver, InputObserver
+from qvd_core.plan import quantizable_layers, refuse_altered, refuse_quantized
+from qvd_core.spec import QuantSpec
 from qvd_core.statistics import InputStatistics
+from qvd_core.temporal_fit import grid_features
+from qvd_core.weight_source import WeightSource, own_weights
 
 CALLS_KEPT = 4  # forward passes that are remembered whole, to measure what each layer does to the model's output
 
@@ -23,21 +27,35 @@ CALLS_KEPT = 4  # forward passes that are remembered whole, to measure what each
 class Observation:
     """What was seen of a model's layer inputs, temporal features and calls.
 
-    model, family, layers: the model and its quantizable layers, by name.
+    model, family, layers: the float model and its quantizable layers, by name; its tensors may be on meta.
+    running: the model that samples, with the same modules and the same names; usually `model` itself.
+    weights: where the float weights of the layers are.
     groups: first layer that reads an input -> all layers that read it. inputs: its observer, by that first layer.
-    features: observers of the temporal projections' inputs.
+    features: observers of the temporal projections' inputs. grid: the features between the timesteps that were seen,
+        from the model's own timestep embedding; None before the first pass.
     passes: how many forward passes were seen.
     calls: a few (args, kwargs) of the model's forward, spread evenly over the run.
     """
 
-    def __init__(self, model: nn.Module, family: Family, layers: dict[str, nn.Module]):
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        layers: dict[str, nn.Module],
+        running: nn.Module | None = None,
+        weights: WeightSource | None = None,
+    ):
         self.model = model
         self.family = family
         self.layers = layers
+        self.running = model if running is None else running
+        self.weights = own_weights(layers) if weights is None else weights
         self.clock = SamplingClock(model, family)
         self.passes = 0
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._choice = random.Random(0)
+        self.choice = random.Random(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.grid: dict[float, Tensor] | None = None
         self.features = {name: FeatureObserver() for name in layers if family.is_temporal(name)}
         # Layers that read one tensor are watched once, through the first of them.
         by_input: dict[str, list[str]] = {}
@@ -45,19 +63,38 @@ class Observation:
             if name not in self.features:
                 by_input.setdefault(family.input_group(name), []).append(name)
         self.groups = {names[0]: names for names in by_input.values()}
-        generator = torch.Generator().manual_seed(0)
         self.inputs = {
-            name: InputObserver(layers[name], generator, self.clock, family.frame_order_of(name))
+            name: InputObserver(layers[name], self.generator, self.clock, family.frame_order_of(name))
             for name in self.groups
         }
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        spec: QuantSpec,
+        running: nn.Module | None = None,
+        weights: WeightSource | None = None,
+    ) -> Observation:
+        """An observation that has seen nothing yet. Of `spec` only the layers to leave out matter.
+
+        Raises QVDError when `model` is no video denoiser, is quantized already, or has nothing to quantize.
+        """
+        refuse_quantized(model)
+        refuse_altered(model)
+        family = family_or_generic(model)
+        layers = quantizable_layers(model, family, spec)
+        if not layers:
+            raise QVDError(f"{type(model).__name__} has no layer that QVD can quantize: nothing was calibrated.")
+        return cls(model, family, layers, running, weights)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Attach the hooks; always take them off again."""
-        modules = dict(self.model.named_modules())
+        modules = dict(self.running.named_modules())
         handles = [
-            self.model.register_forward_pre_hook(self.clock.read, with_kwargs=True),
-            self.model.register_forward_pre_hook(self._remember_call, with_kwargs=True),
+            self.running.register_forward_pre_hook(self.clock.read, with_kwargs=True),
+            self.running.register_forward_pre_hook(self._remember_call, with_kwargs=True),
         ]
         for name, observer in self.inputs.items():
             handles.append(modules[name].register_forward_pre_hook(_on_input(observer.observe), with_kwargs=True))
@@ -70,8 +107,8 @@ class Observation:
             for handle in handles:
                 handle.remove()
 
-    def statistics(self, name: str) -> InputStatistics | None:
-        """Of the input that layer `name` (the first of its group) reads, on the device of its weight; None: never ran.
+    def statistics(self, name: str, device: torch.device) -> InputStatistics | None:
+        """Of the input that layer `name` (the first of its group) reads, on `device`; None: it never ran.
 
         Raises QVDError when the input held NaN or infinity.
         """
@@ -80,9 +117,7 @@ class Observation:
             return None
         for values in (observer.minimum, observer.maximum):
             check_observed(name, values)
-        weight = self.layers[name].weight
-        assert isinstance(weight, Tensor)
-        return InputStatistics.of(observer, weight.device)
+        return InputStatistics.of(observer, device)
 
     def memory_bytes(self) -> int:
         """Bytes of all statistics and samples."""
@@ -93,14 +128,31 @@ class Observation:
         self.passes += 1
         place = self.passes - 1
         if place >= CALLS_KEPT:
-            place = self._choice.randrange(self.passes)
+            place = self.choice.randrange(self.passes)
         if place < CALLS_KEPT:
             copied = _copied(args), _copied(kwargs)
             self.calls[place : place + 1] = [copied]
 
     def _observe_feature(self, observer: FeatureObserver, x: Tensor) -> None:
+        if self.grid is None:  # during a pass: only then an offloaded embedding is where it can compute
+            self.grid = grid_features(self.running, self.family)
         timestep = 0.0 if self.clock.timestep is None else float(self.clock.timestep)
         observer.observe(timestep, x)
+
+
+@torch.no_grad()
+def watch(observations: Sequence[Observation], run: Callable[[], object]) -> None:
+    """Call `run` while every observation watches its model. Raises QVDError when one of them was never called."""
+    with ExitStack() as hooks:
+        for observation in observations:
+            hooks.enter_context(observation.watching())
+        run()
+    for observation in observations:
+        if observation.passes == 0:
+            raise QVDError(
+                f"the calibration run never called the model ({type(observation.running).__name__}): pass prompts or a "
+                "callable that samples with it, over all the steps it will be used at."
+            )
 
 
 def check_observed(name: str, values: Tensor) -> None:

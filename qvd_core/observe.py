@@ -7,8 +7,9 @@ sampled rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ class BucketedRanges:
             gaps = [right.first - left.last for left, right in zip(self.buckets, self.buckets[1:], strict=False)]
             index = gaps.index(min(gaps))
             self.buckets[index].widen(self.buckets.pop(index + 1))
+
+
+_KEPT = ("frame_minimum", "frame_maximum", "total", "_rows", "_origins", "_keys")
 
 
 class InputObserver:
@@ -143,6 +147,27 @@ class InputObserver:
         kept = [self.frame_minimum, self.frame_maximum, self.total, self._rows, self._origins, self._keys]
         kept += [tensor for bucket in self.ranges.buckets for tensor in (bucket.minimum, bucket.maximum)]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything seen so far: tensors, and what JSON can hold. Nothing is copied."""
+        tensors = {name: getattr(self, name) for name in _KEPT if getattr(self, name) is not None}
+        buckets = self.ranges.buckets
+        if buckets:
+            tensors["bucket_minimum"] = torch.stack([bucket.minimum for bucket in buckets])
+            tensors["bucket_maximum"] = torch.stack([bucket.maximum for bucket in buckets])
+        times = [[bucket.first, bucket.last] for bucket in buckets]
+        return tensors, {"count": self.count, "frame_order": self.frame_order, "bucket_times": times}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a `state`; ranges and sums are taken to `device`, where the inputs to come are."""
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items() if not name.startswith("_")}
+        for name in _KEPT:
+            setattr(self, name, on_device.get(name, tensors.get(name)))
+        self.count, self.frame_order = values["count"], values["frame_order"]
+        self.ranges.buckets = [
+            RangeBucket(first, last, on_device["bucket_minimum"][index], on_device["bucket_maximum"][index])
+            for index, (first, last) in enumerate(values["bucket_times"])
+        ]
 
     def _channel_ranges(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ranges [R, K] of each row (linear) or image (convolution)."""

@@ -81,7 +81,7 @@ def plan_layers(model: nn.Module, spec: QuantSpec, scales: Scales | None = None)
     when `scales` belong to another model, or when `spec` needs scales and there are none.
     """
     refuse_quantized(model)
-    refuse_fused(model)
+    refuse_altered(model)
     family = family_or_generic(model)
     layers = quantizable_layers(model, family, spec)
     if not layers:
@@ -218,9 +218,17 @@ def _plan_steps(name: str, spec: QuantSpec, calibrated: LayerScales | None) -> t
     return len(calibrated.frame_steps), calibrated.frame_order  # type: ignore[return-value]
 
 
-def refuse_fused(model: nn.Module) -> None:
-    """Raise QVDError when q, k and v were fused: the layers beside the fused one are then dead weight."""
+def refuse_altered(model: nn.Module) -> None:
+    """Raise QVDError when the model's layers are no longer those of its class.
+
+    An adapter puts its own layers around them; fused q, k and v leave the layers beside the fused one as dead weight.
+    """
     for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise QVDError(
+                f"{name} of this {type(model).__name__} holds an adapter (LoRA): unload it, or fuse it and then unload "
+                "it, before calibrating or quantizing; adapters can be loaded on the quantized model."
+            )
         if getattr(module, "fused_projections", False):
             raise QVDError(
                 f"{name} of this {type(model).__name__} has fused projections: call unfuse_qkv_projections() (or "

@@ -51,7 +51,7 @@ class SharedInput:
         Nor of an inference tensor, which does not count its changes, nor in a traced program, which has no memory
         between layers.
         """
-        if torch.compiler.is_compiling() or input.is_inference():
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() or input.is_inference():
             return False
         return not input.is_cpu or input.numel() >= SMALL_INPUT
 

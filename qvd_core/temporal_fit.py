@@ -37,7 +37,8 @@ def embed_timesteps(model: nn.Module, family: Family, timesteps: Tensor, dtype: 
     """
     modules = dict(model.named_modules())
     parts = [modules[name] for name in family.temporal_features]
-    parameters = [parameter for part in parts for parameter in part.parameters()]
+    # An embedding that is offloaded (meta) fetches its input itself.
+    parameters = [parameter for part in parts for parameter in part.parameters() if not parameter.is_meta]
     features = timesteps.to(parameters[0].device) if parameters else timesteps
     for part in parts:
         parameter = next(part.parameters(), None)
@@ -53,17 +54,9 @@ def stack_features(features: dict[float, Tensor]) -> Tensor:
 
 
 def fit_codebook(
-    features: Tensor, projections: Sequence[nn.Module], spec: QuantSpec
+    features: Tensor, weights: Sequence[Tensor], spec: QuantSpec
 ) -> tuple[TemporalQuantizer, dict[str, float]]:
-    """Fit one codebook to features [T, C] under the stacked weights of the projections that read them."""
-    stacked = torch.cat([_float_weight(module).cpu() for module in projections])
+    """Fit one codebook to features [T, C] under the stacked weights [N, C] of the projections that read them."""
+    stacked = torch.cat([weight.detach().float().cpu() for weight in weights])
     fit = fit_temporal_quantizer(features, stacked, bits=spec.activation_bits, quantizer=spec.temporal_quantizer)
     return fit.quantizer, fit.report
-
-
-def _float_weight(module: nn.Module) -> Tensor:
-    """float32 weight of a float or a quantized layer."""
-    dequantized = getattr(module, "dequantized_weight", None)
-    weight = dequantized() if callable(dequantized) else module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvd_core.layers import QuantizedLayer
+from qvd_core.ops import gradient
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import TemporalQuantizer
 from qvd_core.temporal_rows import Key, RowTable, distinct_rows, row_keys
@@ -79,12 +80,18 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] of any float dtype -> [..., N] of the same dtype.
 
-        Compiled, traced or under autograd it is one plain product: the same up to the rounding of its sums.
+        Compiled or traced it is one plain product: the same up to the rounding of its sums.
         """
         rows = input.reshape(-1, self.in_features)
-        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or rows.is_meta or len(rows) == 0
-        out = self.project(rows).to(input.dtype) if plain else self._project_distinct(rows)
+        watched = torch.is_grad_enabled() and gradient.wanted(input, self.bias)
+        out = gradient.linear(self, input, rows) if watched else self.infer(input, rows)
         return out.view(*input.shape[:-1], self.out_features)
+
+    def infer(self, input: Tensor, operand: Tensor) -> Tensor:
+        """The projection, without gradients: input [..., C], operand its rows [M, C] -> [M, N] of the same dtype."""
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        plain = traced or operand.is_meta or len(operand) == 0
+        return self.project(operand).to(input.dtype) if plain else self._project_distinct(operand)
 
     def project(self, rows: Tensor) -> Tensor:
         """rows [M, C] -> float32 [M, N] in one product."""
@@ -109,7 +116,7 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
 
     def _project_distinct(self, rows: Tensor) -> Tensor:
         """rows [M, C] -> [M, N] of their dtype. What is taken together depends on `rows` alone, never on the table."""
-        table = self.table if self.spec.temporal == "table" else None
+        table = self._table_for(rows)
         if len(rows) <= MAX_SINGLE_ROWS:
             return self._project_rows(rows, table)
         found = distinct_rows(rows)  # per-token timesteps: many rows, few of them distinct
@@ -119,6 +126,14 @@ class TemporalLinear(QuantizedLayer, nn.Linear):
         few = rows[first]
         single = len(few) <= MAX_SINGLE_ROWS
         return (self._project_rows(few, table) if single else self.project(few).to(rows.dtype))[inverse]
+
+    def _table_for(self, rows: Tensor) -> RowTable | None:
+        """The table, where outputs are worth remembering: not in training, which rarely sees a timestep twice."""
+        if self.bias is not None and self.bias.requires_grad:
+            self.forget()  # the next step of the optimizer would leave the old bias in it
+            return None
+        training = torch.is_grad_enabled() or rows.requires_grad
+        return None if training or self.spec.temporal != "table" else self.table
 
     def _project_rows(self, rows: Tensor, table: RowTable | None) -> Tensor:
         """rows [M, C] -> [M, N] of their dtype, each distinct one on its own, through a table where there is one."""

@@ -25,7 +25,8 @@ from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
 from qvd_diffusers.kernels import describe_kernels
 from qvd_diffusers.listing import describe, megabytes, read_json, recorded_method, table
 from qvd_diffusers.pipeline import calibrate
-from qvd_diffusers.sampling import check_call, check_prompts, models_of, sample_all
+from qvd_diffusers.samples import as_samples, check_call, check_prompts
+from qvd_diffusers.sampling import models_of, sample_all
 
 PRESETS: dict[str, Callable[..., QVDConfig]] = {
     "default": QVDConfig,
@@ -191,7 +192,7 @@ def run_compare(options: argparse.Namespace) -> None:
     for path in (options.reference, options.quantized):
         pipe = load_pipeline(path, options)
         check_call(pipe, call)
-        runs = sample_all(pipe, prompts, options.seed, call, f"Sampling {Path(path).name}", progress=True)
+        runs = sample_all(pipe, as_samples(prompts), options.seed, call, f"Sampling {Path(path).name}", progress=True)
         videos.append([as_video(run) for run in runs])
         sizes.append(sum(bytes_of(model) for name, model in models_of(pipe).items() if name in DENOISERS))
         del pipe  # never both pipelines in memory

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     It is never changed by a load; every component records its result in a copy.
 
     weight_bits ... backend: see `qvd_core.QuantSpec`.
-    scales: calibrated scales, as returned by `qvd_diffusers.calibrate`, or the path of the file they were saved to.
-        Without them the quantization is data-free: no shift and no scale per channel, and dynamic activations only.
+    scales: calibrated scales, as returned by `qvd_diffusers.calibrate`, or the path of the file they were saved to; for
+        a pipeline with several denoisers a dict of them by component. Without them the quantization is data-free: no
+        shift and no scale per channel, and dynamic activations only.
     components: at pipeline level, the components to quantize; default: the denoisers the pipeline has.
     attention: None for the model's own attention; "auto" for 8-bit attention by an installed SageAttention, wherever it
         can run; or the name of a diffusers attention backend. See `qvd_diffusers.set_attention`.
@@ -83,7 +85,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     auto_keep: float | None = None
     modules_to_not_convert: Sequence[str] | None = None
     backend: str = "auto"
-    scales: Scales | str | os.PathLike[str] | None = None
+    scales: Scales | str | os.PathLike[str] | Mapping[str, Scales | str | os.PathLike[str]] | None = None
     components: Sequence[str] | None = None
     compute_dtype: torch.dtype | str | None = None
     attention: str | None = None
@@ -145,6 +147,15 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         recipe: dict[str, Any] = {"activation": "token", "rotate": True, "rounding": "gptq"}
         return cls(**{**recipe, **overrides})
 
+    def load_scales(self) -> Scales | None:
+        """The scales of one model, read where they are given as a path. Raises QVDError when they are several."""
+        if isinstance(self.scales, Mapping):
+            names = ", ".join(self.scales)
+            raise QVDError(f"these scales are for the components {names} of a pipeline: for one model pass its own.")
+        if self.scales is None or isinstance(self.scales, Scales):
+            return self.scales
+        return Scales.load(Path(self.scales))
+
     def copy(self) -> QVDConfig:
         """An independent config; the calibrated scales are shared, because nothing writes to them."""
         duplicate = copy.copy(self)
@@ -204,7 +215,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     def __repr__(self) -> str:
         shown = [f"{key}={value!r}" for key, value in self.to_diff_dict().items() if key != "quant_method"]
         if self.scales is not None:
-            shown.append(f"scales={'<Scales>' if isinstance(self.scales, Scales) else repr(os.fspath(self.scales))}")
+            shown.append(f"scales={_shown_scales(self.scales)}")
         if self.layers is not None:
             shown.append(f"<{len(self.layers)} recorded layers>")
         return f"QVDConfig({', '.join(shown)})"
@@ -222,11 +233,19 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> QVDConfig | None:
         """The config of one pipeline component, or None when it stays as it is. Called by diffusers per component."""
-        if module_name not in (DENOISERS if self.components is None else self.components):
+        if module_name is None or module_name not in (self.components or DENOISERS):
             return None
         if not is_diffusers:
             raise QVDError(text_encoder_refusal(module_name))
-        return self.copy()
+        config = self.copy()
+        if isinstance(self.scales, Mapping):
+            if module_name not in self.scales:
+                known = ", ".join(self.scales)
+                raise QVDError(
+                    f"scales are given for {known}, but {module_name} is to be quantized, too: calibrate it."
+                )
+            config.scales = self.scales[module_name]
+        return config
 
 
 def text_encoder_refusal(component: str | None = None) -> str:
@@ -265,15 +284,22 @@ def checked_attention(attention: Any) -> str | None:
     raise QVDError(f"attention must be None, 'auto' or a diffusers backend ({', '.join(known)}), got {attention!r}.")
 
 
+def _shown_scales(scales: Any) -> str:
+    if isinstance(scales, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_shown_scales(item)}" for name, item in scales.items()) + "}"
+    return "<Scales>" if isinstance(scales, Scales) else repr(os.fspath(scales))
+
+
 def _check_scales(scales: Any) -> None:
     if isinstance(scales, str) and scales == "auto":
         raise QVDError(
             "scales='auto' is not supported, because a config cannot sample: run "
             "`scales = qvd_diffusers.calibrate(pipe, prompts, ...)` (it is cached) and pass QVDConfig(scales=scales)."
         )
-    if scales is None or isinstance(scales, (Scales, os.PathLike)) or (isinstance(scales, str) and scales):
-        return
-    raise QVDError(f"scales must be None, a path or the result of calibrate, got {type(scales).__name__}.")
+    each = list(scales.values()) if isinstance(scales, Mapping) and scales else [scales]
+    for item in each:
+        if not (item is None and item is scales) and not (isinstance(item, (Scales, os.PathLike, str)) and item):
+            raise QVDError(f"scales must be None, a path or the result of calibrate, got {type(item).__name__}.")
 
 
 def _check_origin(method: Any, version: Any) -> None:

@@ -1,166 +1,213 @@
-"""`calibrate`: run a pipeline over prompts and find the scales of its denoiser, or find that it was done before."""
+"""`calibrate`: run a pipeline over prompts and find the scales of its denoisers, or find that it was done before."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-import qvd_core
-from qvd_core.cache import ScaleCache, cache_key
-from qvd_core.calibrate import calibrate_model
+from qvd_core.cache import ScaleCache
+from qvd_core.calibrate import search_scales
 from qvd_core.checks import check_finite
 from qvd_core.errors import QVDError
-from qvd_core.fingerprint import content_fingerprint, structure_fingerprint, weight_probe
+from qvd_core.observation import Observation, watch
+from qvd_core.observation_state import load_observations, save_observations
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import QVDConfig
-from qvd_diffusers.sampling import check_call, check_prompts, find_denoiser, models_of, quiet, sample_all
+from qvd_diffusers.float_weights import WeightFiles, float_skeleton, is_offloaded_to_disk, weights_behind_hooks
+from qvd_diffusers.job import Job
+from qvd_diffusers.samples import Sample
+from qvd_diffusers.sampling import find_denoisers
 
 logger = logging.getLogger(__name__)
-
-KEY_VERSION = 5
-"""Part of every cache key beside the release; raised when calibration finds something else for the same input."""
-
 
 ENOUGH_FOR_STATIC = 8
 """Prompts below which static scales are known to clip; 16 or more are better."""
 
+SECONDS_BETWEEN_SAVES = 60.0
+"""How much sampling an interruption may cost, beside the sample that is under way."""
+
 
 def calibrate(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str] | str | Callable[[DiffusionPipeline], Any],
+    prompts: Sequence[str] | str | Sequence[Sample] | Callable[[DiffusionPipeline], Any],
     *,
     config: QVDConfig | QuantSpec | None = None,
     component: str | None = None,
+    weights: str | Path | None = None,
     seed: int = 0,
     cache: bool | str | Path | ScaleCache = True,
     progress: bool = True,
     sensitivity: bool | None = None,
     **call: Any,
-) -> Scales:
-    """Sample with a full-precision pipeline and find the quantization scales of its denoiser.
+) -> Any:
+    """Sample with a pipeline and find the quantization scales of its denoiser: `Scales`.
 
-    prompts: what to sample, prompt number i from the noise of seed + i; or a function that gets the pipeline and
-        samples with it as it likes (image-conditioned pipelines; never cached, because its input cannot be seen).
+    A pipeline with several denoisers (Wan 2.2) gives a dict of `Scales` by component name, from one run.
+
+    prompts: what to sample, number i from the noise of seed + i: strings; or sets of pipeline arguments, for pipelines
+        that also take (or only take) images or video, `[{"prompt": ..., "image": ...}, ...]`; or a function that gets
+        the pipeline and samples with it as it likes (never cached, because its input cannot be seen).
     config: the settings the scales are for; default `QVDConfig()`.
-    component: which denoiser, where the pipeline has several.
-    cache: False to calibrate anew and keep nothing; a folder or a `ScaleCache` to use instead of the default.
+    component: one denoiser alone; the result is then its `Scales`.
+    weights: for a model that does not fit into memory in full precision: load the pipeline with
+        `QVDConfig(backend="weight_only")`, which keeps it in int8, and say here where its full-precision weights are
+        (the folder or the name it was loaded from). They are read one layer at a time.
+    cache: False to calibrate anew and keep nothing; a folder or a `ScaleCache` to use instead of the default. With a
+        cache, a calibration that was interrupted goes on after its last finished prompts.
     progress: show a progress bar and say when cached scales were used.
     sensitivity: also measure what each layer, quantized alone, does to the denoiser's output; default: when the config
         has `auto_keep`.
     call: the other arguments of the pipeline call. Use those you will sample with: all steps and both guidance branches
         are observed, so size, number of steps and guidance should be the real ones.
 
-    The pipeline is left as it was, also after an error. Raises QVDError for bad input (see the message).
+    Offloaded pipelines (model, sequential, group) are calibrated as they are. The pipeline is left as it was, also
+    after an error. Raises QVDError for bad input (see the message).
     """
     spec = _spec_of(config)
-    model = find_denoiser(pipe, component)
-    _refuse_recorded_quantization(model)
+    observations = {
+        name: _observation(model, name, spec, weights) for name, model in find_denoisers(pipe, component).items()
+    }
     measured = spec.auto_keep is not None if sensitivity is None else sensitivity
-    job = _Job(pipe, model, spec, prompts, seed, call, measured)
-    _check_weights(model)
-    store = _cache_of(cache)
-    key = job.key() if store is not None else None
-    if store is not None and key is not None:
-        found = store.load(key)
-        if found is not None:
-            _say(f"Using cached scales {store.path(key)} (calibrated on {job.size()}).", progress)
-            return found
-    if spec.is_static and not callable(prompts) and len(job.prompts) < ENOUGH_FOR_STATIC:
-        logger.warning(
-            "Static scales from %d prompt%s clip what other prompts bring: use %d or more, or activation='token'.",
-            len(job.prompts),
-            "s" * (len(job.prompts) != 1),
-            ENOUGH_FOR_STATIC,
-        )
-    with _SearchBar(progress) as bar:
-        scales = calibrate_model(model, job.runner(progress), spec, bar.show, job.description(), measured)
-    if store is not None and key is not None:
-        store.store(key, scales)
-    return scales
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One calibration: what is sampled, with which arguments. Building it validates everything."""
-
-    pipe: DiffusionPipeline
-    model: nn.Module
-    spec: QuantSpec
-    prompts: Any
-    seed: int
-    call: Mapping[str, Any]
-    sensitivity: bool
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise QVDError(f"seed must be an integer, got {self.seed!r}.")
-        if not callable(self.prompts):
-            object.__setattr__(self, "prompts", check_prompts(self.prompts))
-            check_call(self.pipe, self.call)
-        elif self.call:
-            raise QVDError(
-                f"arguments {', '.join(map(repr, self.call))} have nowhere to go when prompts is a function: "
-                "use them inside the function."
-            )
-
-    def size(self) -> str:
-        """How much is sampled, in words."""
-        return "a function" if callable(self.prompts) else f"{len(self.prompts)} prompt{'s' * (len(self.prompts) != 1)}"
-
-    def runner(self, progress: bool) -> Callable[[], None]:
-        """The function that samples everything once."""
-        return self._run_function if callable(self.prompts) else lambda: self._run_prompts(progress)
-
-    def _run_function(self) -> None:
-        with torch.no_grad(), quiet(self.pipe):
-            self.prompts(self.pipe)
-
-    def _run_prompts(self, progress: bool) -> None:
-        call = dict(self.call)
-        if "output_type" in inspect.signature(type(self.pipe).__call__).parameters:
-            call.setdefault("output_type", "latent")  # decoding would show the denoiser nothing new
-        for _ in sample_all(self.pipe, self.prompts, self.seed, call, "Calibrating", progress):
-            pass
-
-    def description(self) -> dict[str, Any]:
-        """What is remembered in the scales about where they come from."""
-        where = {"pipeline": type(self.pipe).__name__, "seed": self.seed}
-        if callable(self.prompts):
-            return where
-        plain = {name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool))}
-        return {**where, "prompts": list(self.prompts), "call": plain}
-
-    def key(self) -> str | None:
-        """The cache key: everything the scales depend on; None when some of it cannot be seen."""
-        if callable(self.prompts) or any(parameter.is_meta for parameter in self.model.parameters()):
-            return None
-        call = {name: _content(value) for name, value in self.call.items()}
-        if None in call.values():
-            logger.info("Not caching: an argument of the pipeline call has no content that could be compared.")
-            return None
-        return cache_key(
-            {
-                "version": [KEY_VERSION, qvd_core.__version__],
-                "model": content_fingerprint(self.model),
-                "pipeline": _surroundings(self.pipe, self.model),
-                "spec": self.spec.to_dict(),
-                "prompts": self.prompts,
-                "call": call,
-                "seed": self.seed,
-                "sensitivity": self.sensitivity,
+    if measured and weights is not None:
+        raise QVDError("sensitivity and auto_keep compare with the full-precision model: load that, without weights=.")
+    job = Job(pipe, observations, spec, prompts, seed, call, measured)
+    for observation in observations.values():
+        _check_weights(observation.running)
+    store = _Store(_cache_of(cache), job)
+    found = store.finished()
+    if found is None:
+        _warn_of_few(job)
+        _sample(job, store, progress)
+        with _SearchBar(progress) as bar:
+            found = {
+                name: search_scales(observation, spec, bar.show, job.description(), measured)
+                for name, observation in observations.items()
             }
+        store.finish(found)
+    else:
+        _say(f"Using cached scales {store.where()} (calibrated on {job.size()}).", progress)
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _sample(job: Job, store: _Store, progress: bool) -> None:
+    """Watch the denoisers sample; what an earlier run got done is taken over."""
+    done = store.resume()
+    if done:
+        _say(f"Going on with a calibration that was interrupted after {done} of {job.size()}.", progress)
+    watch(list(job.observations.values()), lambda: job.run(progress, done, store.save))
+
+
+class _Store:
+    """Where one calibration is cached: its result, and before that what was seen so far."""
+
+    def __init__(self, cache: ScaleCache | None, job: Job):
+        self._cache = cache
+        self._observations = job.observations
+        self._key = job.key() if cache is not None else None
+        self._total = len(job.samples)
+        self._saved_at = time.monotonic()
+
+    def where(self) -> str:
+        """The files of a finished calibration, for a message."""
+        assert self._cache is not None
+        return ", ".join(str(self._cache.path(self._name(component))) for component in self._observations)
+
+    def finished(self) -> dict[str, Scales] | None:
+        """The result, where all of it is there."""
+        if self._cache is None or self._key is None:
+            return None
+        found = {component: self._cache.load(self._name(component)) for component in self._observations}
+        complete = {component: scales for component, scales in found.items() if scales is not None}
+        return complete if len(complete) == len(found) else None
+
+    def finish(self, result: Mapping[str, Scales]) -> None:
+        """Keep the result; what led to it is no longer needed."""
+        if self._cache is None or self._key is None:
+            return
+        for component, scales in result.items():
+            self._cache.store(self._name(component), scales)
+        self._cache.partial_path(self._key).unlink(missing_ok=True)
+
+    def resume(self) -> int:
+        """Take over what an interrupted run has seen; how many samples it had finished."""
+        path = self._cache.partial_path(self._key) if self._cache is not None and self._key is not None else None
+        if path is None or not path.is_file():
+            return 0
+        try:
+            return load_observations(path, self._observations)
+        except QVDError as error:
+            logger.warning("Starting the calibration anew: %s", error)
+            return 0
+
+    def save(self, done: int) -> None:
+        """Keep what was seen after `done` samples, now and then."""
+        due = time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
+        if self._cache is None or self._key is None or not due or done == self._total:
+            return
+        try:
+            save_observations(self._cache.partial_path(self._key), self._observations, done)
+        except QVDError as error:
+            logger.warning("If it is interrupted, this calibration will have to start anew: %s", error)
+        self._saved_at = time.monotonic()
+
+    def _name(self, component: str) -> str:
+        return f"{self._key}-{component}"
+
+
+def _observation(model: nn.Module, name: str, spec: QuantSpec, weights: str | Path | None) -> Observation:
+    """Nothing seen yet of a denoiser that is in memory, offloaded, or (with `weights`) quantized by QVD."""
+    method = _recorded_method(model)
+    if weights is None and method is not None:
+        raise QVDError(
+            f"{type(model).__name__} is quantized already, by {method}: calibrate the full-precision model; for one "
+            "that does not fit into memory, say with weights=... where its full-precision weights are."
+        )
+    if weights is None:
+        return Observation.of(model, spec, weights=weights_behind_hooks(model))
+    if method != "qvd":
+        raise QVDError(
+            f"weights= goes with a {type(model).__name__} that was loaded with "
+            f'quantization_config=QVDConfig(backend="weight_only"); this one is {method or "in full precision"}.'
+        )
+    device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    files = WeightFiles(weights, name, device)
+    observation = Observation.of(float_skeleton(model), spec, model, files)
+    files.check_shapes(observation.layers)
+    return observation
+
+
+def _recorded_method(model: nn.Module) -> str | None:
+    """The method a model says it was quantized by. Some backends leave no trace in the weights' types."""
+    entry = getattr(model, "config", {}).get("quantization_config")
+    if entry is None:
+        return None
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else getattr(entry, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _check_weights(model: nn.Module) -> None:
+    if is_offloaded_to_disk(model):
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point():  # the search looks at offloaded ones itself
+            check_finite(name, parameter)
+
+
+def _warn_of_few(job: Job) -> None:
+    if job.spec.is_static and 0 < len(job.samples) < ENOUGH_FOR_STATIC:
+        logger.warning(
+            "Static scales from %s clip what other prompts bring: use %d or more, or activation='token'.",
+            job.size(),
+            ENOUGH_FOR_STATIC,
         )
 
 
@@ -182,61 +229,6 @@ def _cache_of(cache: Any) -> ScaleCache | None:
     return ScaleCache(cache)
 
 
-def _refuse_recorded_quantization(model: nn.Module) -> None:
-    """Some backends leave no trace in the weights' types; their entry in the config is one."""
-    entry = getattr(model, "config", {}).get("quantization_config")
-    if entry is None:
-        return
-    method = entry.get("quant_method") if isinstance(entry, Mapping) else getattr(entry, "quant_method", None)
-    raise QVDError(
-        f"{type(model).__name__} is quantized already, by {getattr(method, 'value', method)}: "
-        "calibrate the full-precision model."
-    )
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:  # offloaded parameters are seen by calibration itself
-            check_finite(name, parameter)
-
-
-def _surroundings(pipe: DiffusionPipeline, model: nn.Module) -> dict[str, Any]:
-    """What else decides the denoiser's input: the scheduler's settings and the models that feed it."""
-    scheduler = getattr(pipe, "scheduler", None)
-    config = getattr(scheduler, "config", {})
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    settings["class"] = type(scheduler).__name__
-    others = {name: _light_fingerprint(part) for name, part in models_of(pipe).items() if part is not model}
-    return {"class": type(pipe).__name__, "scheduler": settings, "models": others}
-
-
-def _light_fingerprint(model: nn.Module) -> str:
-    """Structure and a few samples of every weight: a text encoder may be many times larger than the denoiser."""
-    digest = hashlib.sha256(structure_fingerprint(model).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        if not parameter.is_meta:
-            digest.update(weight_probe(parameter).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _content(value: Any) -> Any:
-    """A JSON value that is equal for equal arguments; None when there is no telling."""
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
-    if hasattr(value, "tobytes"):  # numpy arrays and PIL images
-        shape = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
-        return [*shape, hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, (list, tuple)):
-        items = [_content(item) for item in value]
-        return None if None in items else items
-    try:
-        return json.dumps(value, sort_keys=True)
-    except (TypeError, ValueError):
-        return None
-
-
 class _SearchBar:
     """The progress bar of the search for scales; it appears when sampling is done."""
 
@@ -252,7 +244,7 @@ class _SearchBar:
             self._bar.close()
 
     def show(self, done: int, total: int, layer: str) -> None:
-        """Called by `calibrate_model` before each layer and at the end, once per search."""
+        """Called by `search_scales` before each layer and at the end, once per search."""
         if self._bar is not None and (self._bar.total != total or done < self._bar.n):  # the next search
             self._bar.close()
             self._bar = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.layers import FLOAT32_BUFFERS, QuantizedLayer
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
-from qvd_core.scales import Scales
 from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.attention import AUTO, apply_attention, require_backend, restore_attention
@@ -144,9 +142,7 @@ class QVDQuantizer(DiffusersQuantizer):
         return plan_from_dict(self.quantization_config.layers)
 
     def _prepare_encoder(self, model: nn.Module) -> None:
-        scales = self.quantization_config.scales
-        if scales is not None and not isinstance(scales, Scales):
-            scales = Scales.load(Path(scales))
+        scales = self.quantization_config.load_scales()
         if scales is not None:
             _warn_of_other_settings(scales.spec, self.spec)
         encoding = Encoding.of(model, self.spec, scales)

@@ -14,9 +14,7 @@ from tqdm.auto import tqdm
 
 from qvd_core.errors import QVDError
 from qvd_diffusers.config import DENOISERS
-
-OWN_ARGUMENTS = ("prompt", "generator", "latents")
-"""Arguments of a pipeline call that follow from prompts and seed and may not be given beside them."""
+from qvd_diffusers.samples import Sample
 
 
 def require_pipeline(pipe: Any) -> None:
@@ -28,23 +26,29 @@ def require_pipeline(pipe: Any) -> None:
         )
 
 
-def find_denoiser(pipe: DiffusionPipeline, component: str | None = None) -> nn.Module:
-    """The model of a pipeline that is quantized. Raises QVDError when there is none, or several and none was named."""
+def find_denoisers(pipe: DiffusionPipeline, component: str | None = None) -> dict[str, nn.Module]:
+    """The models of a pipeline that are quantized, by component name: the one that is named, or every denoiser.
+
+    Raises QVDError when there is none.
+    """
     require_pipeline(pipe)
     models = models_of(pipe)
     if component is not None:
         if component not in models:
             raise QVDError(f"{type(pipe).__name__} has no model {component!r}; it has {', '.join(models)}.")
-        return models[component]
-    names = [name for name in DENOISERS if name in models]
-    if not names:
+        return {component: models[component]}
+    denoisers = {name: models[name] for name in DENOISERS if name in models}
+    if not denoisers:
         raise QVDError(f"{type(pipe).__name__} has no denoiser ({' or '.join(DENOISERS)}): name a component=...")
-    if len(names) > 1:
-        raise QVDError(
-            f"{type(pipe).__name__} has several denoisers, {' and '.join(names)}: calibrate them one by one, "
-            f"e.g. component={names[0]!r}."
-        )
-    return models[names[0]]
+    return denoisers
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    """The only denoiser of a pipeline. Raises QVDError when there is none, or several."""
+    denoisers = find_denoisers(pipe)
+    if len(denoisers) > 1:
+        raise QVDError(f"{type(pipe).__name__} has several denoisers, {' and '.join(denoisers)}.")
+    return next(iter(denoisers.values()))
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -52,40 +56,9 @@ def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and not name.startswith("_")}
 
 
-def check_prompts(prompts: Any) -> list[str]:
-    """A list of prompts with something in each. Raises QVDError otherwise."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not isinstance(prompts, Sequence):
-        raise QVDError(f"prompts must be a list of strings or a callable, got {type(prompts).__name__}.")
-    if not prompts:
-        raise QVDError("no prompts: give some that resemble what the model will be asked for (8 to 32 are enough).")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise QVDError(f"prompts[{number}] must be a string, got {type(prompt).__name__}.")
-        if not prompt.strip():
-            raise QVDError(f"prompts[{number}] is empty: remove it, or write a prompt.")
-    return list(prompts)
-
-
-def check_call(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
-    """Raise QVDError for arguments the pipeline does not take, or that prompts and seed decide already."""
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "prompt" not in accepted and not open_ended:
-        raise QVDError(f"{type(pipe).__name__} takes no prompt: pass a function of the pipeline that samples with it.")
-    unknown = sorted(name for name in call if name not in accepted)
-    if unknown and not open_ended:
-        raise QVDError(f"{type(pipe).__name__} takes no argument {', '.join(map(repr, unknown))}: check the spelling.")
-    own = [name for name in OWN_ARGUMENTS if name in call]
-    if own:
-        names = ", ".join(map(repr, own))
-        raise QVDError(f"{names} follows from prompts and seed here: leave it out of the call's arguments.")
-
-
 def sample(
     pipe: DiffusionPipeline,
-    prompt: str,
+    arguments: Sample,
     seed: int,
     call: Mapping[str, Any],
     on_step: Callable[[int], None] | None = None,
@@ -96,7 +69,7 @@ def sample(
     finished steps, where the pipeline can tell.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
-    arguments: dict[str, Any] = {"prompt": prompt, **call}
+    arguments = {**call, **arguments}
     if "generator" in accepted:
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     if on_step is not None and "callback_on_step_end" in accepted and "callback_on_step_end" not in call:
@@ -111,16 +84,21 @@ def sample(
 
 def sample_all(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    samples: Sequence[Sample],
     seed: int,
     call: Mapping[str, Any],
     description: str,
     progress: bool,
+    done: int = 0,
 ) -> Iterator[Any]:
-    """Sample prompt after prompt (seed, seed + 1, ...) under one progress bar that also shows the steps."""
-    with quiet(pipe), tqdm(total=len(prompts), desc=description, unit="prompt", disable=not progress) as bar:
-        for number, prompt in enumerate(prompts):
-            yield sample(pipe, prompt, seed + number, call, lambda step: bar.set_postfix_str(f"step {step}"))
+    """Sample one after the other (seed, seed + 1, ...) under one progress bar that also shows the steps.
+
+    done: how many need not be sampled any more.
+    """
+    bar = tqdm(total=len(samples), initial=done, desc=description, unit="prompt", disable=not progress)
+    with quiet(pipe), bar:
+        for number, arguments in enumerate(samples[done:], start=done):
+            yield sample(pipe, arguments, seed + number, call, lambda step: bar.set_postfix_str(f"step {step}"))
             bar.update()
 
 

@@ -7,7 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from qvd_core.errors import QVDError
-from qvd_core.families import cogvideox, cosmos, hunyuan, kandinsky, ltx, mochi, sana, unets, wan
+from qvd_core.families import (
+    cogvideox,
+    cosmos,
+    hunyuan,
+    joyimage,
+    kandinsky,
+    latte,
+    ltx,
+    minimax,
+    mochi,
+    sana,
+    unets,
+    wan,
+)
 from qvd_core.families.family import Family
 
 logger = logging.getLogger(__name__)
@@ -15,9 +28,12 @@ logger = logging.getLogger(__name__)
 FAMILIES: tuple[Family, ...] = (
     *wan.FAMILIES,
     *hunyuan.FAMILIES,
+    *minimax.FAMILIES,
+    *joyimage.FAMILIES,
     *ltx.FAMILIES,
     *cogvideox.FAMILIES,
     *mochi.FAMILIES,
+    *latte.FAMILIES,
     *cosmos.FAMILIES,
     *kandinsky.FAMILIES,
     *sana.FAMILIES,
@@ -40,7 +56,7 @@ def find_family(model: Any) -> Family | None:
     """
     name = _class_name(model)
     family = next((family for family in FAMILIES if name in family.classes), None)
-    if family is not None and any(getattr(model, part, None) is not None for part in family.other_conditions):
+    if family is not None and any(_has_part(model, path) for path in family.other_conditions):
         return replace(family, temporal_features=())
     return family
 
@@ -67,6 +83,13 @@ def family_or_generic(model: Any) -> Family:
         GENERIC_MINIMUM_FEATURES,
     )
     return GENERIC
+
+
+def _has_part(model: Any, path: str) -> bool:
+    """Whether `model.a.b` exists and is not None, for the path "a.b"."""
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model is not None
 
 
 def _class_name(model: Any) -> str:

@@ -1,6 +1,8 @@
-"""Video UNets: AnimateDiff and Stable Video Diffusion."""
+"""Video UNets (AnimateDiff, Stable Video Diffusion, ModelScope, I2VGen-XL) and what belongs to them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from qvd_core.families.family import Family, Fold
 from qvd_core.families.names import QKV
@@ -81,4 +83,96 @@ SVD = Family(
     ),
 )
 
-FAMILIES = (ANIMATEDIFF, SVD)
+_OVER_TIME = "**.temp_attentions.*"
+
+MODELSCOPE = Family(
+    name="ModelScope",
+    classes=("UNet3DConditionModel",),
+    keep=("conv_in", "conv_out", "transformer_in.**", "time_embedding.**"),
+    temporal=("**.time_emb_proj",),
+    temporal_features=("time_proj", "time_embedding", "mid_block.resnets.0.nonlinearity"),
+    shared_inputs=(
+        (f"{_OVER_TIME}.transformer_blocks.*.attn1", QKV),
+        (f"{_OVER_TIME}.transformer_blocks.*.attn2", QKV),
+        (f"{_SPATIAL}.transformer_blocks.*.attn1", QKV),
+        (f"{_SPATIAL}.transformer_blocks.*.attn2", ("to_k", "to_v")),
+    ),
+    prompt_inputs=ANIMATEDIFF.prompt_inputs,
+    sample_argument="sample",
+    frames_dim=2,
+    frame_order=(
+        (f"{_OVER_TIME}.**", "minor"),
+        ("**.temp_convs.**", None),  # convolutions over time: a clip is one image
+        ("**", "major"),
+    ),
+    folds=(
+        Fold("norm", _OVER_TIME, ("norm",), ("proj_in",)),
+        Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
+        *_block_folds(f"{_OVER_TIME}.transformer_blocks.*", (QKV, QKV)),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (QKV, ("to_q",))),
+    ),
+)
+
+I2VGEN_XL = replace(
+    MODELSCOPE,
+    name="I2VGen-XL",
+    classes=("I2VGenXLUNet",),
+    keep=(
+        *MODELSCOPE.keep,
+        "fps_embedding.**",
+        "context_embedding.**",
+        "image_latents_proj_in.**",
+        "image_latents_temporal_encoder.**",
+        "image_latents_context_embedding.**",
+    ),
+    temporal_features=(),  # the embedding holds the frame rate besides
+)
+
+MOTION_ADAPTER = Family(
+    name="Motion adapter",
+    classes=("MotionAdapter",),
+    keep=(),
+    shared_inputs=ANIMATEDIFF.shared_inputs[:2],
+    timestep_argument="",  # its modules run inside a UNet
+    sample_argument="sample",
+    folds=(
+        Fold("norm", _MOTION, ("norm",), ("proj_in",)),
+        *_block_folds(f"{_MOTION}.transformer_blocks.*", (QKV, QKV), positions=True),
+    ),
+)
+
+SPARSE_CONTROL = Family(
+    name="SparseCtrl",
+    classes=("SparseControlNetModel",),
+    keep=(
+        "conv_in",
+        "controlnet_cond_embedding.**",
+        "time_embedding.**",
+        # The ways out of the control branch start at zero and add to the denoiser's own stream.
+        "controlnet_down_blocks.*",
+        "controlnet_mid_block",
+    ),
+    temporal=("**.time_emb_proj",),
+    temporal_features=ANIMATEDIFF.temporal_features,
+    shared_inputs=(ANIMATEDIFF.shared_inputs[0], *ANIMATEDIFF.shared_inputs[2:]),  # its motion modules have no attn2
+    prompt_inputs=ANIMATEDIFF.prompt_inputs,
+    sample_argument="sample",
+    frames_dim=2,
+    frame_order=ANIMATEDIFF.frame_order,
+    folds=(
+        Fold("norm", _MOTION, ("norm",), ("proj_in",)),
+        Fold("norm", _SPATIAL, ("norm",), ("proj_in",)),
+        *_block_folds(f"{_MOTION}.transformer_blocks.*", (QKV,), positions=True),
+        *_block_folds(f"{_SPATIAL}.transformer_blocks.*", (QKV, ("to_q",))),
+    ),
+)
+
+TEMPORAL_TRANSFORMER = Family(
+    name="Temporal transformer",
+    classes=("TransformerTemporalModel",),
+    keep=("proj_in", "proj_out"),
+    shared_inputs=tuple((f"transformer_blocks.*.{attention}", QKV) for attention in ("attn1", "attn2")),
+    folds=_block_folds("transformer_blocks.*", (QKV, QKV)),
+)
+
+FAMILIES = (ANIMATEDIFF, SVD, MODELSCOPE, I2VGEN_XL, MOTION_ADAPTER, SPARSE_CONTROL, TEMPORAL_TRANSFORMER)

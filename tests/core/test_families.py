@@ -21,8 +21,9 @@ from qvd_core import QuantSpec, QVDError, find_family
 from qvd_core.families import FAMILIES, Family, family_or_generic
 from qvd_core.families.patterns import has_prefix, matches
 from qvd_core.plan import quantizable_layers
+from qvd_core.temporal_fit import embed_timesteps
 from tests.core.folding import family_of, gemm_layers
-from tests.tiny_models import BATCH, FRAMES, TINY_FAMILIES, TinyFamily, tiny_family
+from tests.tiny_models import BATCH, CLASS_OF, FRAMES, TINY_FAMILIES, TinyFamily, tiny_family
 
 parts = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=5)
 
@@ -107,8 +108,23 @@ def tiny(request) -> TinyFamily:
 LAYER_COUNTS = {
     "wan": (2 * (4 + 4 + 2) + 1, 1),  # per block: two attentions and the FFN
     "wan-image": (2 * (4 + 6 + 2) + 1, 1),
+    "wan-vace": (4 * 12 + 1, 1),  # two blocks of each kind
+    "wan-animate": (2 * (12 + 4) + 1, 1),  # an attention to the face after each block
+    "wan-animate2": (2 * 12 + 1, 1),
+    "skyreels": (2 * 10 + 1, 1),
+    "skyreels-fps": (2 * 12 + 1, 1),
+    "chronoedit": (2 * 12 + 1, 1),
+    "anyflow": (2 * 10 + 1, 1),
+    "anyflow-far": (2 * 10 + 1, 1),
+    "helios": (2 * 10 + 1, 1),
     "hunyuan": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),  # dual: 8 + 4 and two norms; single: qkv, 2 proj, norm
     "hunyuan-image": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),
+    "framepack": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),
+    "hunyuan15": (2 * (8 + 4 + 2), 2 * 2),
+    "hunyuan15-meanflow": (2 * (8 + 4 + 2), 2 * 2),
+    "motif": (2 * (8 + 4 + 4 + 2) + 2 * (3 + 2 + 1) + 4, 2 * 2 + 2),  # one single block is a decoder, without text
+    "minimax": (2 * (4 + 2 + 1) + 6, 2),
+    "joyimage": (2 * (4 + 4) + 1, 1),  # two streams, each a fused qkv, a projection and the FFN
     "ltx": (2 * (4 + 4 + 2) + 1, 1),
     "cogvideox": (2 * (4 + 2 + 2), 2 * 2),
     "cogvideox-ofs": (2 * (4 + 2 + 2), 2 * 2),
@@ -118,6 +134,20 @@ LAYER_COUNTS = {
     "animatediff-linear": (8 * 3 + 5 + 11 * 12 + 2, 8),
     # the same resnets with one more projection each (Conv3d stays); 4 transformers of a spatial and a temporal block
     "svd": (8 * 6 + 5 + 4 * (2 + 10 + 12) + 2, 16),
+}
+
+# Tiny models whose temporal features no timestep alone can give, and what else they hold.
+MORE_THAN_THE_TIMESTEP = {
+    "anyflow": "where the step ends",
+    "anyflow-far": "where the step ends",
+    "hunyuan": "pooled text, guidance",
+    "hunyuan-image": "pooled text, guidance",
+    "framepack": "pooled text, guidance",
+    "hunyuan15-meanflow": "where the step ends",
+    "minimax": "nothing; but its timesteps lie in [0, 1]",
+    "cogvideox-ofs": "ofs",
+    "mochi": "pooled text",
+    "svd": "fps, motion, noise of the image",
 }
 
 
@@ -142,7 +172,7 @@ class TestEntries:
         claimed: dict[str, set[str]] = {}
         for name in names:
             claimed.setdefault(family.input_group(name), set()).add(name)
-        assert max(map(len, claimed.values())) >= 3
+        assert not family.shared_inputs or max(map(len, claimed.values())) >= 2
         for group in claimed.values():
             assert len({frozenset(read[name]) for name in group}) == 1, group
         # Within one block nothing that reads the same tensor is left apart, but for the prompt, which all blocks read.
@@ -188,21 +218,20 @@ class TestEntries:
     def test_temporal_features_are_what_the_projections_read(self, tiny):
         """The data-free feature path, module after module, gives the tensor that the model hands its projections."""
         family = family_of(tiny)
-        modules = dict(tiny.model.named_modules())
-        names = [name for name in modules if family.is_temporal(name)]
+        names = [name for name, _ in tiny.model.named_modules() if family.is_temporal(name)]
         seen: dict[str, torch.Tensor] = {}
         with watching(tiny.model, names, seen.__setitem__), torch.no_grad():
             tiny.forward(tiny.model, 500)
-        features = torch.tensor([500.0])
-        for name in family.temporal_features:
-            features = modules[name](features)
-        for x in seen.values() if family.temporal_features else ():
-            rows = x.reshape(-1, features.shape[-1])
-            torch.testing.assert_close(rows, features.expand_as(rows), rtol=1e-5, atol=1e-6)
+        assert seen.keys() == set(names)
+        if family.temporal_features:
+            features = embed_timesteps(tiny.model, family, torch.tensor([500.0]))
+            for x in seen.values():
+                rows = x.reshape(-1, features.shape[-1])
+                torch.testing.assert_close(rows, features.expand_as(rows), rtol=1e-5, atol=1e-6)
 
     def test_which_embeddings_hold_more_than_the_timestep(self):
-        alone = [name for name in TINY_FAMILIES if family_of(tiny_family(name)).temporal_features]
-        assert alone == ["wan", "wan-image", "ltx", "cogvideox", "animatediff", "animatediff-linear"]
+        without = {name for name in TINY_FAMILIES if not family_of(tiny_family(name)).temporal_features}
+        assert without == set(MORE_THAN_THE_TIMESTEP) & set(TINY_FAMILIES)
         assert family_of(tiny_family("cogvideox-ofs")).name == "CogVideoX"  # it embeds ofs besides
 
     def test_arguments_of_the_forward_pass(self, tiny):
@@ -229,8 +258,11 @@ def keep_frames_apart(model: nn.Module, patch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
+WITH_FRAME_ORDER = [name for name in TINY_FAMILIES if getattr(find_family(CLASS_OF[name]), "frame_order", ())]
+
+
 class TestFrameOrder:
-    @pytest.mark.parametrize("name", ["wan", "wan-image", "animatediff", "animatediff-linear", "svd"])
+    @pytest.mark.parametrize("name", WITH_FRAME_ORDER)
     def test_rows_belong_to_the_frames_they_are_said_to(self, name, monkeypatch):
         """With nothing handed from frame to frame, another frame f changes exactly the rows of f, in every layer."""
         tiny, family = tiny_family(name), family_of(tiny_family(name))

@@ -37,9 +37,26 @@ PLACES = {
     # per block: two table rows, norm2, two attentions; its FFN is a plain GELU, not gated
     "wan": {"table": 4, "norm": 2, "value": 4},
     "wan-image": {"table": 4, "norm": 2, "value": 4},
+    "wan-vace": {"table": 8, "norm": 4, "value": 8},
+    "wan-animate": {"table": 4, "norm": 2, "value": 4 + 2},
+    "wan-animate2": {"table": 4, "norm": 2, "value": 4},
+    "skyreels": {"table": 4, "norm": 2, "value": 4},
+    "skyreels-fps": {"table": 4, "norm": 2, "value": 4},
+    "chronoedit": {"table": 4, "norm": 2, "value": 4},
+    "anyflow": {"table": 4, "norm": 2, "value": 4},
+    "anyflow-far": {"table": 4, "norm": 2, "value": 4},
+    "helios": {"table": 4, "norm": 2, "value": 4},
     # per dual block: two streams with two modulated norms each; per single block: one, and half of proj_out
     "hunyuan": {"modulation": 2 * 4 + 2, "value": 2 + 2},
     "hunyuan-image": {"modulation": 2 * 4 + 2, "value": 2 + 2},
+    "framepack": {"modulation": 2 * 4 + 2, "value": 2 + 2},
+    "hunyuan15": {"modulation": 2 * 4, "value": 2},
+    "hunyuan15-meanflow": {"modulation": 2 * 4, "value": 2},
+    # two attentions per block; the decoder block has one, and a single block's joint attention feeds another layer
+    "motif": {"modulation": 2 * 4 + 2, "value": 2 * 2 + 1},
+    # two blocks and one refiner block
+    "minimax": {"modulation": 2 * 2, "norm": 2, "gate": 3, "value": 3},
+    "joyimage": {"table": 2 * 4},
     # its RMSNorms have no affine part, its FFN is a plain GELU, attn2 reads the residual stream
     "ltx": {"table": 4, "value": 4},
     # its affine LayerNorms are modulated afterwards: the modulation takes it all

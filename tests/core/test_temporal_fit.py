@@ -37,17 +37,15 @@ def test_features_are_stacked_from_the_highest_noise_down() -> None:
     assert stacked[:, 0].tolist() == [2.0, 1.0, 0.0]
 
 
-def test_the_fit_sees_the_float_weight_of_a_quantized_projection() -> None:
-    class Quantized(nn.Module):
-        def dequantized_weight(self) -> torch.Tensor:
-            return layer.weight
-
+def test_the_fit_judges_by_all_the_weights_that_read_the_features() -> None:
     torch.manual_seed(0)
-    layer, features = nn.Linear(6, 4), torch.randn(5, 6)
+    features, weights = torch.randn(5, 6), [torch.randn(4, 6), torch.randn(3, 6)]
     spec = QuantSpec(temporal_quantizer="uniform")
-    (one, figures), (two, same_figures) = (fit_codebook(features, [module], spec) for module in (layer, Quantized()))
-    assert one.name == "uniform" and torch.equal(one.levels, two.levels)
-    assert figures == same_figures and math.isfinite(figures["projected_error"])
+    separate, figures = fit_codebook(features, weights, spec)
+    stacked, same_figures = fit_codebook(features, [torch.cat(weights).bfloat16().float()], spec)
+    assert separate.name == "uniform" and torch.equal(separate.levels, stacked.levels)
+    assert math.isfinite(figures["projected_error"])
+    assert figures["projected_error"] == pytest.approx(same_figures["projected_error"], rel=0.02)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

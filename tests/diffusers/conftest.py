@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ from diffusers import WanPipeline
 
 import qvd_diffusers  # noqa: F401  (registers the backend)
 from tests.diffusers.tiny import tiny_animate_diff, tiny_wan
+from tests.diffusers.tiny_pipelines import PIPELINES, tiny_wan22
 
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
@@ -32,6 +34,27 @@ def animate_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved full-precision `AnimateDiffPipeline` with a `UNetMotionModel`: the paper's kind of model."""
     folder = tmp_path_factory.mktemp("animate")
     tiny_animate_diff().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan22_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved full-precision `WanPipeline` with two experts, `transformer` and `transformer_2`. Read-only."""
+    folder = tmp_path_factory.mktemp("wan22")
+    tiny_wan22().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of one of `PIPELINES`, saved in full precision when first asked for. Read-only."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        PIPELINES[name].build().save_pretrained(path)
+        return path
+
     return folder
 
 

@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from qvd_diffusers import QVDConfig, QVDError, Scales, calibrate
-from qvd_diffusers.sampling import check_call
+from qvd_diffusers.samples import check_call
 from tests.diffusers.tiny import PROMPTS, WAN_CALL, tiny_wan_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

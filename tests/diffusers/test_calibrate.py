@@ -11,7 +11,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+from qvd_core.observation import Observation
+from qvd_core.spec import QuantSpec
 from qvd_diffusers import QVDConfig, Scales, calibrate
+from qvd_diffusers.job import Job
 from tests.diffusers.tiny import PROMPTS, WAN_CALL, sample_frames
 
 
@@ -124,18 +127,19 @@ CHANGES = {
 }
 
 
+def job_key(pipe: Any, spec: QuantSpec, *arguments: Any) -> str | None:
+    return Job(pipe, {"transformer": Observation.of(pipe.transformer, spec)}, spec, *arguments).key()
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_whatever_changes_the_scales_misses_the_cache(what: str, wan_pipe: WanPipeline) -> None:
-    from qvd_core.spec import QuantSpec
-    from qvd_diffusers.pipeline import _Job
-
     def key(**changes: Any) -> str | None:
         call = {**WAN_CALL, **{name: value for name, value in changes.items() if name in WAN_CALL}}
         spec = changes.get("config", QVDConfig()).spec
         assert isinstance(spec, QuantSpec)
         prompts, seed = changes.get("prompts", PROMPTS), changes.get("seed", 0)
         sensitivity = changes.get("sensitivity", False)
-        return _Job(wan_pipe, wan_pipe.transformer, spec, prompts, seed, call, sensitivity).key()
+        return job_key(wan_pipe, spec, prompts, seed, call, sensitivity)
 
     before = key()
     assert before == key()
@@ -143,11 +147,9 @@ def test_whatever_changes_the_scales_misses_the_cache(what: str, wan_pipe: WanPi
 
 
 def test_tensors_and_images_in_the_call_are_part_of_the_key(wan_pipe: WanPipeline) -> None:
-    from qvd_diffusers.pipeline import _Job
-
     def key(value: Any) -> str | None:
         call = {"prompt_embeds": value}
-        return _Job(wan_pipe, wan_pipe.transformer, QVDConfig().spec, PROMPTS, 0, call, False).key()
+        return job_key(wan_pipe, QVDConfig().spec, PROMPTS, 0, call, False)
 
     assert key(torch.zeros(2)) == key(torch.zeros(2)) != key(torch.ones(2))
     assert key(lambda: None) is None  # no content that could be compared: not cached
