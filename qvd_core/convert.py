@@ -13,6 +13,7 @@ from qvd_core.clock import SamplingClock
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic, find_family
+from qvd_core.joined import join_instead_of_fusing
 from qvd_core.layers import QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
 from qvd_core.plan import LayerPlan
 from qvd_core.rotation import hadamard
@@ -65,6 +66,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, scales: Scal
         tensor.data = value
     attach_clock(model)
     share_inputs(model)
+    join_instead_of_fusing(model)
     return model
 
 
@@ -106,6 +108,7 @@ def install_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: QuantS
         _check_rotation(name, modules[name], layer_plan)
         model.set_submodule(name, make_layer(modules[name], layer_plan, spec, dtype))
     attach_clock(model)
+    join_instead_of_fusing(model)
     return model
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from qvd_core.errors import QVDError
 from qvd_core.quality import psnr, ssim
+from qvd_core.scales import Scales
 from qvd_core.spec import Activation, Rounding
 from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
 from qvd_diffusers.kernels import describe_kernels
@@ -62,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("pipeline", help="folder or Hub name of a full-precision pipeline")
     _add_sampling(command)
     _add_settings(command)
-    command.add_argument("--component", help="which denoiser, where the pipeline has several")
+    command.add_argument("--component", help="which denoiser; default: every denoiser the pipeline has")
+    command.add_argument(
+        "--low-memory", action="store_true", help="hold the denoiser in int8, read its weights layer by layer from disk"
+    )
     command.add_argument("--sensitivity", action="store_true", default=None, help="measure every layer's end effect")
     command.add_argument("--no-cache", action="store_true", help="calibrate anew and keep nothing in the cache")
     command.add_argument("--out", required=True, type=Path, help="scales file to write, e.g. scales.safetensors")
@@ -70,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "quantize", run_quantize, "quantize a pipeline's denoiser and save the pipeline")
     command.add_argument("pipeline", help="folder or Hub name of a full-precision pipeline")
     _add_settings(command)
-    command.add_argument("--scales", type=Path, help="scales file from `qvd calibrate`; default: data-free")
+    command.add_argument("--scales", type=Path, help="what `qvd calibrate` wrote to --out; default: data-free")
     command.add_argument("--component", help="which component to quantize; default: every denoiser")
     command.add_argument("--attention", metavar="NAME", help="auto, or a diffusers attention backend, to record")
     _add_loading(command)
@@ -136,25 +140,29 @@ def run_calibrate(options: argparse.Namespace) -> None:
     config = config_of(options)
     with staging(options.out):
         pass  # sampling takes long: a folder that cannot be written is better known before
-    pipe = load_pipeline(options.pipeline, options)
-    scales = calibrate(
+    low = {"quantization_config": QVDConfig(backend="weight_only")} if options.low_memory else {}
+    pipe = load_pipeline(options.pipeline, options, **low)
+    found = calibrate(
         pipe,
         prompts,
         config=config,
         component=options.component,
+        weights=options.pipeline if options.low_memory else None,
         seed=options.seed,
         cache=not options.no_cache,
         sensitivity=options.sensitivity,
         **call,
     )
-    scales.save(options.out)
-    summary = scales.summary()
-    print(f"{options.out}: {summary['layers']:.0f} layers and {summary['temporal_layers']:.0f} temporal projections")
+    for path, scales in named_files(options.out, found).items():
+        scales.save(path)
+        summary = scales.summary()
+        print(f"{path}: {summary['layers']:.0f} layers and {summary['temporal_layers']:.0f} temporal projections")
 
 
 def run_quantize(options: argparse.Namespace) -> None:
     """`qvd quantize`."""
-    config = config_of(options, scales=options.scales, components=options.component, attention=options.attention)
+    scales = find_files(options.scales) if options.scales else None
+    config = config_of(options, scales=scales, components=options.component, attention=options.attention)
     refuse_output(options.out, options.pipeline, options.force)
     refuse_quantized_folder(Path(options.pipeline), [options.component] if options.component else DENOISERS)
     with staging(options.out) as folder:
@@ -201,6 +209,20 @@ def run_compare(options: argparse.Namespace) -> None:
     rows = [*zip(prompts, figures, strict=True), ("mean", tuple(means))]
     print(table(("prompt", "PSNR dB", "SSIM"), [(name, f"{pair[0]:.2f}", f"{pair[1]:.4f}") for name, pair in rows]))
     print(f"denoiser: {megabytes(sizes[0])} against {megabytes(sizes[1])} ({sizes[1] / sizes[0]:.2f})")
+
+
+def named_files(out: Path, found: Scales | dict[str, Scales]) -> dict[Path, Scales]:
+    """Where the scales go: to `out`, or, of several denoisers, beside each other to `<out's stem>.<component>`."""
+    if isinstance(found, Scales):
+        return {out: found}
+    return {out.with_name(f"{out.stem}.{name}{out.suffix}"): scales for name, scales in found.items()}
+
+
+def find_files(out: Path) -> Path | dict[str, Path]:
+    """The file, or the files of several denoisers by component, that `named_files` named after `out`."""
+    several = {name: out.with_name(f"{out.stem}.{name}{out.suffix}") for name in DENOISERS}
+    there = {name: path for name, path in several.items() if path.is_file()}
+    return there if there and not out.exists() else out
 
 
 @contextmanager

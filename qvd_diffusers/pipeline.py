@@ -73,12 +73,12 @@ def calibrate(
     after an error. Raises QVDError for bad input (see the message).
     """
     spec = _spec_of(config)
-    observations = {
-        name: _observation(model, name, spec, weights) for name, model in find_denoisers(pipe, component).items()
-    }
     measured = spec.auto_keep is not None if sensitivity is None else sensitivity
     if measured and weights is not None:
         raise QVDError("sensitivity and auto_keep compare with the full-precision model: load that, without weights=.")
+    observations = {
+        name: _observation(model, name, spec, weights) for name, model in find_denoisers(pipe, component).items()
+    }
     job = Job(pipe, observations, spec, prompts, seed, call, measured)
     for observation in observations.values():
         _check_weights(observation.running)

@@ -59,9 +59,32 @@ PLACES = {
     "joyimage": {"table": 2 * 4},
     # its RMSNorms have no affine part, its FFN is a plain GELU, attn2 reads the residual stream
     "ltx": {"table": 4, "value": 4},
+    # four tables, of which the queries and the keys read different rows; behind gated attentions nothing folds
+    "ltx2": {"table": 2 * 8},
+    "ltx2-gated": {"table": 2 * 8},
     # its affine LayerNorms are modulated afterwards: the modulation takes it all
     "cogvideox": {"modulation": 4, "value": 2},
     "cogvideox-ofs": {"modulation": 4, "value": 2},
+    "consisid": {"modulation": 4, "value": 2, "norm": 2 * 2},  # two norms before the attention to the face
+    "easyanimate": {"modulation": 2, "value": 1},  # the text of the one block that has layers for it
+    "latte": {"table": 4 + 4, "value": 4 + 2},  # spatial blocks and temporal ones
+    "allegro": {"table": 4, "value": 4},
+    # no linear of their blocks has a bias
+    "cosmos": {"value": 4},
+    "cosmos-image": {"value": 4},
+    "cosmos-control": {"value": 4},
+    # two towers of two RMSNorms; fewer value heads than query heads
+    "cosmos3": {"norm": 2 * 4},
+    "cosmos3-sound": {"norm": 2 * 4},
+    # text blocks: two modulated norms, one attention; visual blocks: three and two
+    "kandinsky5": {"modulation": 2 * 2 + 2 * 3, "value": 2 + 2 * 2},
+    # the same for video and sound, and in every visual block an attention from each to the other
+    "kandinsky6": {"modulation": 2 * 2 + 2 * (2 * 3 + 2), "value": 2 + 2 * (2 * 2 + 2)},
+    "kandinsky6-sr": {"modulation": 2 * 2, "value": 2},
+    "sana-video": {"table": 2 * 2, "value": 2},
+    "sana-video-guidance": {"table": 2 * 2, "value": 2},
+    "sana-wm": {"table": 2},
+    "sana-wm-refiner": {"table": 2 * 8},
     # three blocks; the last has no context FFN
     "mochi": {"modulation": 3 * 3 + 2, "gate": 3 + 2, "value": 3},
     # 4 spatial, 7 motion transformers: norm, norm1-3, attn1-2, ff; no modulated norms
@@ -69,6 +92,14 @@ PLACES = {
     "animatediff-linear": {"norm": 11 * 4, "gate": 11, "value": 11 * 2},
     # 4 transformers, each a spatial block and a temporal one with norm_in and ff_in
     "svd": {"norm": 4 * (1 + 3 + 4), "gate": 4 * (1 + 2), "value": 4 * 4},
+    # 4 transformers over space, 4 over time
+    "unet3d": {"norm": 8 * 4, "gate": 8, "value": 8 * 2},
+    "i2vgen": {"norm": 8 * 4, "gate": 8, "value": 8 * 2},
+    "motion-adapter": {"norm": 4 * 4, "gate": 4, "value": 4 * 2},
+    # 2 spatial transformers, 2 motion modules of one attention
+    "sparse-control": {"norm": 2 * 4 + 2 * 3, "gate": 2 + 2, "value": 2 * 2 + 2},
+    "sparse-control-linear": {"norm": 2 * 4 + 2 * 3, "gate": 2 + 2, "value": 2 * 2 + 2},
+    "temporal-transformer": {"norm": 2 * 3, "gate": 2, "value": 2 * 2},
 }
 
 
@@ -143,6 +174,10 @@ class TestPlaces:
         family = family_of(tiny)
         sites = fold_sites(tiny.model, family)
         assert {site.fold for site in sites} == set(family.folds)
+        same = [other for other in map(tiny_family, TINY_FAMILIES) if type(other.model) is type(tiny.model)]
+        sites = [
+            site for other in same for site in fold_sites(other.model, family)
+        ]  # a name may be one variant's alone
         for fold in family.folds:
             found = {consumer for site in sites if site.fold == fold for consumer in site.consumers}
             assert all(any(layer.endswith(f".{consumer}") for layer in found) for consumer in fold.consumers), fold

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import hooks
 
+from qvd_diffusers.rebuilding import rebuilding
 from tests.diffusers.features import Judge, feature
 from tests.diffusers.tiny_pipelines import TinyPipeline
 
@@ -165,3 +166,16 @@ def free_init(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
 @feature("enable_freeu", judge=Judge.APPROXIMATION, undo=lambda kind, pipe: pipe.disable_freeu())
 def free_u(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+@feature("enable_free_noise", unchanged=False)
+def free_noise(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
+    """A window of all frames: the new blocks compute what the old ones did."""
+    with rebuilding(kind.model(pipe)):
+        pipe.enable_free_noise(context_length=4, context_stride=4, noise_type="random")
+
+
+@feature("enable_free_noise with windows", judge=Judge.APPROXIMATION, call={"num_frames": 4})
+def free_noise_windows(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
+    with rebuilding(kind.model(pipe)):
+        pipe.enable_free_noise(context_length=2, context_stride=1)

@@ -283,12 +283,6 @@ def test_a_pipeline_without_denoiser_is_refused(wan_pipe: WanPipeline) -> None:
         calibrate(wan_pipe, PROMPTS)
 
 
-def test_several_denoisers_are_named(wan_pipe: WanPipeline) -> None:
-    wan_pipe.transformer_2 = tiny_wan_transformer(seed=1)
-    with pytest.raises(QVDError, match=r"several denoisers, transformer and transformer_2: .*component='transformer'"):
-        calibrate(wan_pipe, PROMPTS)
-
-
 @pytest.mark.parametrize("name", ["blocks.1.attn1.norm_q.weight", "blocks.0.attn1.to_q.weight_scale"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_quantized_checkpoint_is_refused(wan_folder: Path, tmp_path: Path, name: str, value: float) -> None:

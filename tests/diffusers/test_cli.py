@@ -145,3 +145,31 @@ def test_an_unwritable_output_is_known_before_the_work(
     arguments = ["calibrate", str(wan_folder), "--prompt", "a", "--out", str(tmp_path / "file" / "scales.safetensors")]
     assert main(arguments) == 2
     assert "choose a writable folder" in capsys.readouterr().err
+
+
+def test_two_experts_get_a_file_of_scales_each(
+    wan22_folder: Path, tmp_path: Path, call_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scales, out = tmp_path / "scales.safetensors", tmp_path / "int8"
+    call = ["--prompt", PROMPTS[0], "--call", str(call_file)]
+    assert main(["calibrate", str(wan22_folder), *call, "--out", str(scales)]) == 0
+    files = [tmp_path / f"scales.{name}.safetensors" for name in ("transformer", "transformer_2")]
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed and path.is_file() for path in files) and not scales.exists()
+    static = ["--activation", "static"]  # nothing but calibrated scales can give it
+    assert main(["quantize", str(wan22_folder), "--scales", str(scales), "--out", str(out), *static]) == 0
+    pipe = DiffusionPipeline.from_pretrained(out)
+    for path, model in zip(files, (pipe.transformer, pipe.transformer_2), strict=True):
+        name = "blocks.0.attn1.to_out.0"
+        step = Scales.load(path).layers[name].static_step
+        assert step is not None and model.get_submodule(name).activation_scale.isclose(step, rtol=0.5)
+
+
+def test_a_model_can_be_calibrated_without_its_float_weights_in_memory(
+    wan_folder: Path, tmp_path: Path, call_file: Path
+) -> None:
+    scales = tmp_path / "scales.safetensors"
+    call = ["--prompt", PROMPTS[0], "--call", str(call_file)]
+    assert main(["calibrate", str(wan_folder), *call, "--low-memory", "--out", str(scales)]) == 0
+    assert Scales.load(scales).layers
+    assert main(["quantize", str(wan_folder), "--scales", str(scales), "--out", str(tmp_path / "int8")]) == 0

@@ -81,13 +81,16 @@ def _easyanimate() -> TinyFamily:
         patch_size=2,
         time_embed_dim=16,
         text_embed_dim=TEXT,
+        text_embed_dim_t5=24,
         num_layers=2,
         mmdit_layers=1,
     )
-    text = noise(BATCH, TOKENS, TEXT)
+    text, more_text = noise(BATCH, TOKENS, TEXT), noise(BATCH, TOKENS, 24, seed=2)
 
     def call(model: nn.Module, latents: Tensor, timestep: float) -> Tensor:
-        return model(latents, timesteps(timestep), encoder_hidden_states=text).sample
+        return model(
+            latents, timesteps(timestep), encoder_hidden_states=text, encoder_hidden_states_t5=more_text
+        ).sample
 
     return TinyFamily(randomized(model), noise(BATCH, 4, FRAMES, 4, 4), call)
 

@@ -75,7 +75,7 @@ def _sana_wm() -> TinyFamily:
 
 def _refiner() -> TinyFamily:
     """The second stage of SANA-WM: LTX-2's layers, of which it runs those of the video."""
-    model = diffusers.SanaWMLTX2RefinerTransformer3DModel(**LTX2_CONFIG)
+    model = diffusers.SanaWMLTX2RefinerTransformer3DModel(**LTX2_CONFIG, gated_attn=True, audio_gated_attn=True)
     text, mask = noise(BATCH, TOKENS, TEXT), torch.ones(BATCH, TOKENS)
     mask[1, 3:] = 0
     places = model.build_rotary_emb_for_absolute_positions(
