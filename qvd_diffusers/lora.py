@@ -133,7 +133,7 @@ def _adapt(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuner = type(module)
+    tuner: Any = type(module)
     if not isinstance(module, BaseTunerLayer) or isinstance(module, MergesByRequantizing):
         return
     kind = tuner.__module__.removeprefix("peft.tuners.").partition(".")[0]

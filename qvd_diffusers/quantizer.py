@@ -63,7 +63,7 @@ class QVDQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
         self._plan: dict[str, LayerPlan] = {}
         self._encoder: Encoder | None = None
-        self._in_checkpoint: list[str] = []
+        self._in_checkpoint: list[str] | None = None
         self._outstanding: set[str] = set()
         self._lock = threading.Lock()
 
@@ -124,8 +124,8 @@ class QVDQuantizer(DiffusersQuantizer):
         install_layers(model, self._plan, self.spec, self._dtype)
         if self._encoder is not None:
             expect_float_weights(model)
-        self._check_names(model)
-        self._outstanding = set(self._in_checkpoint) & set(model.state_dict())
+        if self._in_checkpoint is not None:
+            self._expect(model, self._in_checkpoint)
 
     def _judge_single_file(self, state_dict: Mapping[str, Tensor]) -> None:
         self.pre_quantized = False
@@ -151,22 +151,26 @@ class QVDQuantizer(DiffusersQuantizer):
         with_bias = frozenset(name for name in self._plan if modules[name].bias is not None)
         self._encoder = Encoder(encoding, with_bias)
 
-    def _check_names(self, model: nn.Module) -> None:
+    def _expect(self, model: nn.Module, in_checkpoint: Iterable[str]) -> None:
         """Compare the names in the checkpoint with those the skeleton needs, before a byte of weights is read."""
-        present = set(self._in_checkpoint)
+        present, known = set(in_checkpoint), set(model.state_dict())
+        self._outstanding = present & known
         missing = [name for name in self._needed(model) if name not in present]
         if missing:
             raise QVDError(
                 f"the checkpoint of this {type(model).__name__} lacks {enumerate_names(missing)}: "
                 "it is incomplete, or it was saved for another model."
             )
-        if self._encoder is None:
-            extra = [name for name in present - set(model.state_dict()) if split_name(name)[1] in FLOAT32_BUFFERS]
-            if extra:
-                raise QVDError(
-                    f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
-                    "config.json and the weights do not belong together."
-                )
+        self._refuse_unplanned(present - known)
+
+    def _refuse_unplanned(self, unexpected: Iterable[str]) -> None:
+        """diffusers leaves out tensors the model does not have; a quantized layer would compute without its own."""
+        extra = [name for name in unexpected if split_name(name)[1] in FLOAT32_BUFFERS]
+        if extra and self._encoder is None:
+            raise QVDError(
+                f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
+                "config.json and the weights do not belong together."
+            )
 
     def _needed(self, model: nn.Module) -> Iterable[str]:
         """Names of the tensors the checkpoint must have: all that are still empty; float ones when quantizing."""
@@ -180,6 +184,9 @@ class QVDQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Tensors that quantization adds are not missing from a float checkpoint."""
+        if self._in_checkpoint is None:  # older versions of diffusers do not show the names any sooner
+            self._in_checkpoint = sorted(set(model.state_dict()) - set(missing_keys))
+            self._expect(model, self._in_checkpoint)
         if self._encoder is None:
             return missing_keys
         return [name for name in missing_keys if split_name(name)[0] not in self._plan]
@@ -207,6 +214,7 @@ class QVDQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Take one tensor of the checkpoint. `param_value` was cast by diffusers; `state_dict` has it as stored."""
+        self._refuse_unplanned(unexpected_keys or ())
         layer, suffix = split_name(param_name)
         module = model.get_submodule(layer)
         stored = state_dict[param_name]

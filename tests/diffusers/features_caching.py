@@ -38,23 +38,25 @@ def not_at_the_start(pipe: Any) -> tuple[float, float]:
 
 def cached(kind: TinyPipeline, pipe: Any, name: str, **settings: Any) -> None:
     """Turn on one of diffusers' caches by the name of its config class."""
-    if not hasattr(hooks, f"{name}Config"):
-        raise AttributeError(f"this diffusers has no {name}")
-    config = getattr(hooks, f"{name}Config")(**settings)
-    kind.model(pipe).enable_cache(config)
+    kind.model(pipe).enable_cache(getattr(hooks, f"{name}Config")(**settings))
 
 
-def uncached(kind: TinyPipeline, pipe: Any) -> None:
-    kind.model(pipe).disable_cache()
+def cache(config: str) -> dict[str, Any]:
+    """The settings of a feature that is a cache of this config class."""
+    return {
+        "needs": ("denoiser.enable_cache", f"hooks.{config}"),
+        "undo": lambda kind, pipe: kind.model(pipe).disable_cache(),
+        **APPROXIMATION,
+    }
 
 
-@feature("FirstBlockCache", undo=uncached, **APPROXIMATION)
+@feature("FirstBlockCache", **cache("FirstBlockCacheConfig"))
 def first_block_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """A threshold that skips the other blocks from the second step on."""
     cached(kind, pipe, "FirstBlockCache", threshold=1e9)
 
 
-@feature("TaylorSeer", undo=uncached, **APPROXIMATION)
+@feature("TaylorSeer", **cache("TaylorSeerCacheConfig"))
 def taylor_seer(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     cached(
         kind,
@@ -67,7 +69,7 @@ def taylor_seer(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     )
 
 
-@feature("PyramidAttentionBroadcast", undo=uncached, **APPROXIMATION)
+@feature("PyramidAttentionBroadcast", **cache("PyramidAttentionBroadcastConfig"))
 def pyramid_attention_broadcast(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     always = not_at_the_start(pipe)
     cached(
@@ -82,7 +84,7 @@ def pyramid_attention_broadcast(kind: TinyPipeline, pipe: Any, scratch: Path) ->
     )
 
 
-@feature("FasterCache", undo=uncached, **APPROXIMATION)
+@feature("FasterCache", **cache("FasterCacheConfig"))
 def faster_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """Attention is extrapolated from the steps before; both guidance branches are computed."""
     cached(
@@ -97,7 +99,7 @@ def faster_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     )
 
 
-@feature("FasterCache of the unconditional branch", undo=uncached, **APPROXIMATION)
+@feature("FasterCache of the unconditional branch", **cache("FasterCacheConfig"))
 def faster_cache_without_branch(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """The model's forward runs on half the batch that the model was called with."""
     always = not_at_the_start(pipe)
@@ -117,7 +119,7 @@ def faster_cache_without_branch(kind: TinyPipeline, pipe: Any, scratch: Path) ->
     )
 
 
-@feature("MagCache", undo=uncached, **APPROXIMATION)
+@feature("MagCache", **cache("MagCacheConfig"))
 def mag_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     cached(
         kind,
@@ -131,51 +133,80 @@ def mag_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     )
 
 
-@feature("SeaCache", undo=uncached, **APPROXIMATION)
+@feature("SeaCache", **cache("SeaCacheConfig"))
 def sea_cache(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     cached(kind, pipe, "SeaCache", threshold=1e9)
 
 
-@feature("apply_layer_skip", **APPROXIMATION)
+@feature("apply_layer_skip", needs=("hooks.LayerSkipConfig",), **APPROXIMATION)
 def layer_skip(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """The second block is left out, as skip-layer guidance does."""
     hooks.apply_layer_skip(kind.model(pipe), hooks.LayerSkipConfig(indices=[1]))
 
 
-@feature('set_attention_backend("_native_math")', undo=lambda kind, pipe: kind.model(pipe).reset_attention_backend())
+@feature(
+    'set_attention_backend("_native_math")',
+    needs=("denoiser.set_attention_backend",),
+    undo=lambda kind, pipe: kind.model(pipe).reset_attention_backend(),
+)
 def attention_backend(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     kind.model(pipe).set_attention_backend("_native_math")
 
 
-@feature("set_attn_processor")
+@feature("set_attn_processor", needs=("denoiser.set_attn_processor",))
 def attention_processors(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     model = kind.model(pipe)
     model.set_attn_processor({name: type(old)() for name, old in model.attn_processors.items()})
 
 
-@feature("fuse_qkv_projections", undo=lambda kind, pipe: kind.model(pipe).unfuse_qkv_projections())
+@feature(
+    "fuse_qkv_projections",
+    needs=("denoiser.fuse_qkv_projections",),
+    undo=lambda kind, pipe: kind.model(pipe).unfuse_qkv_projections(),
+)
 def fused_projections(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     kind.model(pipe).fuse_qkv_projections()
 
 
-@feature("enable_free_init", judge=Judge.APPROXIMATION, undo=lambda kind, pipe: pipe.disable_free_init())
+@feature(
+    "enable_free_init",
+    needs=("pipe.enable_free_init",),
+    judge=Judge.APPROXIMATION,
+    undo=lambda kind, pipe: pipe.disable_free_init(),
+)
 def free_init(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     pipe.enable_free_init(num_iters=2)
 
 
-@feature("enable_freeu", judge=Judge.APPROXIMATION, undo=lambda kind, pipe: pipe.disable_freeu())
+@feature(
+    "enable_freeu",
+    needs=("pipe.enable_freeu", "denoiser.enable_freeu"),
+    judge=Judge.APPROXIMATION,
+    undo=lambda kind, pipe: pipe.disable_freeu(),
+)
 def free_u(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-@feature("enable_free_noise", unchanged=False)
+def disable_free_noise(kind: TinyPipeline, pipe: Any) -> None:
+    with rebuilding(kind.model(pipe)):
+        pipe.disable_free_noise()
+
+
+@feature("enable_free_noise", needs=("pipe.enable_free_noise",), undo=disable_free_noise)
 def free_noise(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """A window of all frames: the new blocks compute what the old ones did."""
     with rebuilding(kind.model(pipe)):
-        pipe.enable_free_noise(context_length=4, context_stride=4, noise_type="random")
+        pipe.enable_free_noise(context_length=2, context_stride=2, noise_type="random")
 
 
-@feature("enable_free_noise with windows", judge=Judge.APPROXIMATION, call={"num_frames": 4})
+@feature(
+    "enable_free_noise with windows",
+    needs=("pipe.enable_free_noise",),
+    undo=disable_free_noise,
+    judge=Judge.APPROXIMATION,
+    call={"num_frames": 4},
+)
 def free_noise_windows(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     with rebuilding(kind.model(pipe)):
         pipe.enable_free_noise(context_length=2, context_stride=1)

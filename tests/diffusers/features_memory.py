@@ -8,8 +8,7 @@ from typing import Any
 import accelerate
 import torch
 
-from qvd_core.layers import QuantizedLayer
-from tests.diffusers.features import CPU, feature, hooked
+from tests.diffusers.features import CPU, Judge, feature, hooked
 from tests.diffusers.tiny_pipelines import TinyPipeline
 
 
@@ -91,7 +90,7 @@ def stream_round_trip(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
         module.register_forward_hook(offload)
 
 
-@feature("enable_layerwise_casting to float8", unchanged=False)
+@feature("enable_layerwise_casting to float8", judge=Judge.STORAGE, unchanged=False)
 def layerwise_casting(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     model = kind.model(pipe)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -99,32 +98,31 @@ def layerwise_casting(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
         raise AssertionError("nothing is stored in float8")
 
 
-@feature("enable_layerwise_casting, QVD layers left out")
-def layerwise_casting_of_the_rest(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
-    kind.model(pipe).enable_layerwise_casting(
-        storage_dtype=torch.float32,
-        compute_dtype=torch.float32,
-        skip_modules_classes=(QuantizedLayer,),
-    )
-
-
-@feature("VAE tiling", output_type="np", undo=lambda kind, pipe: pipe.vae.disable_tiling())
+@feature(
+    "VAE tiling", needs=("vae.enable_tiling",), output_type="np", undo=lambda kind, pipe: pipe.vae.disable_tiling()
+)
 def vae_tiling(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """Frames smaller than a tile: what is decoded must not change, and the VAE is not ours to touch."""
     pipe.vae.enable_tiling()
 
 
-@feature("VAE slicing", output_type="np", undo=lambda kind, pipe: pipe.vae.disable_slicing())
+@feature(
+    "VAE slicing", needs=("vae.enable_slicing",), output_type="np", undo=lambda kind, pipe: pipe.vae.disable_slicing()
+)
 def vae_slicing(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     pipe.vae.enable_slicing()
 
 
-@feature("unet.enable_forward_chunking")
+@feature("unet.enable_forward_chunking", needs=("denoiser.enable_forward_chunking",))
 def forward_chunking(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     kind.model(pipe).enable_forward_chunking(chunk_size=1, dim=1)
 
 
-@feature("enable_free_noise_split_inference")
+@feature(
+    "enable_free_noise_split_inference",
+    needs=("pipe.enable_free_noise_split_inference",),
+    unchanged=False,  # layers get other names
+)
 def split_inference(kind: TinyPipeline, pipe: Any, scratch: Path) -> None:
     """Long videos: the memory of attention and feed-forward layers is cut by splitting their input."""
     pipe.enable_free_noise_split_inference(spatial_split_size=16, temporal_split_size=4)

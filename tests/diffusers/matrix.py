@@ -45,8 +45,8 @@ class Subject:
         self.tiny = tiny_family(name)
         self.model_class: Any = type(self.tiny.model)
         self.folder = folder
-        self.saved: Any = self.tiny.model
-        self.saved.save_pretrained(self.float_folder)
+        model: Any = self.tiny.model
+        model.save_pretrained(self.float_folder)
 
     @property
     def float_folder(self) -> Path:
@@ -72,7 +72,7 @@ class Subject:
         return self.load(self.float_folder, quantization_config=QVDConfig())
 
     @torch.no_grad()
-    def output(self, model: nn.Module) -> Tensor:
+    def output(self, model: Any) -> Tensor:
         return self.tiny.forward(model)
 
     @cached_property
@@ -140,7 +140,7 @@ def device_map(subject: Subject) -> str:
 
 
 def compile_fullgraph(subject: Subject) -> str:
-    """`torch.compile(model, fullgraph=True)`: one graph, the same output. The backend that only records says as much."""
+    """`torch.compile(model, fullgraph=True)`: one graph, and the same output. No code is generated for it."""
     try:
         output = _compiled_output(subject, copy.deepcopy(subject.quantized))
     except Exception as error:  # whatever dynamo refuses, it must refuse of the float model too

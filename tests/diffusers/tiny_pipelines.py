@@ -197,7 +197,9 @@ def tiny_svd() -> StableVideoDiffusionPipeline:
         ).eval(),
         image_encoder=CLIPVisionModelWithProjection(vision).eval(),
         unet=unet,
-        scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", interpolation_type="linear"),
+        scheduler=EulerDiscreteScheduler(
+            prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.1, sigma_max=10.0
+        ),
         feature_extractor=CLIPImageProcessor(),
     )
 

@@ -22,7 +22,7 @@ from tests.tiny_models import (
     wan,
 )
 from tests.tiny_models.base import BATCH, FRAMES, TinyFamily
-from tests.tiny_models.classes import VIDEO_CLASSES
+from tests.tiny_models.classes import RELEASED_WITH, VIDEO_CLASSES
 
 __all__ = ["BATCH", "CLASS_OF", "FRAMES", "TINY_FAMILIES", "TinyFamily", "missing_class", "tiny_family"]
 
@@ -39,7 +39,7 @@ _IN_DIFFUSERS = frozenset(dir(diffusers))  # names alone: nothing is imported fo
 
 def missing_class(name: str) -> str | None:
     """Why there can be no tiny model of this name: the installed diffusers is older than its class. None if it can."""
-    class_name = CLASS_OF.get(name)
+    class_name = RELEASED_WITH.get(name, CLASS_OF.get(name))
     if class_name is None or class_name in _IN_DIFFUSERS:
         return None
     return f"diffusers {diffusers.__version__} has no {class_name}"

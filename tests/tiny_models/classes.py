@@ -1,4 +1,4 @@
-"""The video model classes of diffusers 0.42.1, and the tiny models of each. The committed list the coverage is held to."""
+"""The video model classes of diffusers 0.42.1 and the tiny models of each: the list that coverage is held to."""
 
 from __future__ import annotations
 
@@ -44,3 +44,6 @@ VIDEO_CLASSES: dict[str, tuple[str, ...]] = {
     "TransformerTemporalModel": ("temporal-transformer",),
 }
 """Class name to the names of its tiny models; the first one stands for the class in the matrix."""
+
+RELEASED_WITH: dict[str, str] = {"cosmos-image": "Cosmos2_5_PredictBasePipeline"}
+"""Tiny model to what came to diffusers together with the options it uses, where its class is older than these."""

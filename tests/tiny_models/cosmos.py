@@ -19,24 +19,27 @@ _BLOCKS = {
     "text_embed_dim": TEXT,
     "adaln_lora_dim": 8,
     "max_size": (8, 8, 8),
+}
+_CONTEXTS = {  # Cosmos 2.5 and later
     "use_crossattn_projection": True,
     "crossattn_proj_in_channels": 24,
     "encoder_hidden_states_channels": TEXT,
+    "img_context_dim_in": 16,
+    "img_context_dim_out": 32,
 }
-_IMAGE = {"img_context_dim_in": 16, "img_context_dim_out": 32}
 
 
 def _cosmos(image: bool) -> TinyFamily:
-    """image: Cosmos 2.5, whose cross attention reads a picture beside the text."""
+    """image: Cosmos 2.5, which projects its text and whose cross attention reads a picture beside it."""
     model = diffusers.CosmosTransformer3DModel(
         in_channels=4,
         out_channels=4,
         num_layers=2,
         concat_padding_mask=False,
         **_BLOCKS,
-        **(_IMAGE if image else {}),
+        **(_CONTEXTS if image else {}),
     )
-    text, picture = noise(BATCH, TOKENS, 24), noise(BATCH, 3, 16, seed=2)
+    text, picture = noise(BATCH, TOKENS, 24 if image else TEXT), noise(BATCH, 3, 16, seed=2)
 
     def call(model: nn.Module, latents: Tensor, timestep: float) -> Tensor:
         return model(latents, timesteps(timestep), (text, picture) if image else text).sample
@@ -63,7 +66,7 @@ def _resizing(module: str) -> Iterator[None]:
 
 def _cosmos_controlnet() -> TinyFamily:
     model = diffusers.CosmosControlNetModel(
-        n_controlnet_blocks=2, in_channels=6, latent_channels=6, model_channels=32, **_BLOCKS, **_IMAGE
+        n_controlnet_blocks=2, in_channels=6, latent_channels=6, model_channels=32, **_BLOCKS, **_CONTEXTS
     )
     text, picture = noise(BATCH, TOKENS, 24), noise(BATCH, 3, 16, seed=2)
     control, mask = noise(BATCH, 4, FRAMES, 4, 4, seed=3), torch.ones(BATCH, 1, FRAMES, 4, 4)

@@ -32,7 +32,7 @@ def _minimax_h3() -> TinyFamily:
     )
     text, audio = noise(BATCH, TOKENS, TEXT), noise(BATCH, AUDIO, 8, seed=2)
     rows = torch.arange(TOKENS + AUDIO + VIDEO)
-    text_rows, audio_rows, video_rows = rows.split((TOKENS, AUDIO, VIDEO))
+    text_rows, audio_rows, video_rows = torch.split(rows, [TOKENS, AUDIO, VIDEO])
     tags = torch.tensor([1] * TOKENS + [2] * AUDIO + [0] * VIDEO)
     places = torch.stack([rows, rows // 2, rows % 2], dim=1)
 

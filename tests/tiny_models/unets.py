@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -104,9 +105,9 @@ def _motion_adapter() -> TinyFamily:
         motion_max_seq_length=8,
     )
 
-    def call(model: nn.Module, latents: Tensor, timestep: float) -> Tensor:
-        x = latents.movedim(1, 2).flatten(0, 1)  # [BATCH * FRAMES, C, H, W]
-        for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
+    def call(adapter: Any, latents: Tensor, timestep: float) -> Tensor:
+        x: Tensor = latents.movedim(1, 2).flatten(0, 1)  # [BATCH * FRAMES, C, H, W]
+        for block in (*adapter.down_blocks, adapter.mid_block, *adapter.up_blocks):
             for module in block.motion_modules:
                 x = module(x, num_frames=FRAMES)
         return x
