@@ -5,15 +5,17 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 KERNELS := qvd_core/ops/cpu
 KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean distclean
+.PHONY: help install demo test test-oldest lint format clean distclean
 
 help:
 	@echo "make demo       run the whole story on the miniature model, on a CPU"
 	@echo "make test       run the tests (PYTEST_WORKERS=$(PYTEST_WORKERS))"
+	@echo "make test-oldest the tests of the diffusers backend with the oldest supported diffusers"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove caches and build products; make distclean also removes out/ and $(VENV)"
@@ -40,6 +42,16 @@ demo: $(KERNELS_STAMP)
 test: $(KERNELS_STAMP)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
+# In an environment of its own, which needs nothing but what these tests import.
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt \
+		torch safetensors diffusers transformers accelerate peft tqdm ftfy pillow pytest pytest-xdist hypothesis
+	@touch $@
+
+test-oldest: $(KERNELS_STAMP) $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider tests/diffusers
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -54,4 +66,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf out $(VENV)
+	rm -rf out $(VENV) $(OLDEST)

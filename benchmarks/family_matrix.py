@@ -38,7 +38,10 @@ harsher than trained ones, because every norm, bias and gate is far from its usu
 - **temporal features**: whether the input of the modulation layers follows from the timestep alone, so that HTDQ needs
   no data, or holds more and needs a calibration; "none" where the class has no such layer.
 - **SQNR**: the output of one forward pass against full precision, data-free W8A8 with one scale per token.
+- **compile fullgraph**: one graph for the whole model; its output is nearer to the eager one than either is to full
+  precision, by at least 3 dB.
 - **save**, **sharded save**: reloaded from the folder alone; every tensor is bit for bit the one saved.
+- **device_map="auto"**: the saved int8 model, loaded with it.
 - A cell that begins with *upstream* names a limit of the model class itself: the unquantized model raises the same.
 
 A class that is not in this table goes through a generic rule, with one line in the log: linear and convolution layers

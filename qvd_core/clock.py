@@ -32,6 +32,7 @@ class SamplingClock:
         self.batch = 0
         self.frames = 0
         self.handle: RemovableHandle | None = None  # of the hook that winds this clock
+        self.scattered: str | None = None  # why rows do not tell their frame in this pass, see `scattered_rows`
         self._timestep_argument = family.timestep_argument
         self._sample_argument = family.sample_argument
         self._frames_dim = family.frames_dim
@@ -46,6 +47,8 @@ class SamplingClock:
         sample = self._argument(self._sample_argument, args, kwargs)
         if isinstance(sample, Tensor) and self._frames_dim is not None and sample.dim() > self._frames_dim:
             self.batch, self.frames = sample.shape[0], sample.shape[self._frames_dim]
+            if not torch.compiler.is_compiling():  # a traced program cannot change its structure anyway
+                self.scattered = scattered_rows(module)
 
     def detach(self) -> None:
         """Take the hook off the model."""
@@ -79,6 +82,8 @@ class SamplingClock:
 
     def frame_step(self, steps: Tensor, rows: int, order: str) -> Tensor:
         """One step per row [rows, 1] out of one per frame [F]; the widest [1] where the frames are other than F."""
+        if self.scattered is not None:
+            return self._widest(steps, self.scattered)
         frame = self.frame_of_rows(rows, order, steps.device) if self.frames == len(steps) else None
         if frame is None:
             return self._widest(steps, f"{self.frames} latent frames are sampled, {len(steps)} were calibrated")
@@ -90,3 +95,25 @@ class SamplingClock:
             self._said.add(why)
             logger.warning("Layers use their widest calibrated scale: %s.", why)
         return steps.amax().view(1)
+
+
+_PIECEWISE = ("FreeNoiseTransformerBlock", "SplitInferenceModule")
+"""Modules of diffusers that hand layers some frames or some images of a clip at a time."""
+
+
+def scattered_rows(model: nn.Module) -> str | None:
+    """Why a layer's rows may be others than the latents `model` was called with make one expect; None if they are not.
+
+    diffusers can split a layer's input over processes, guidance branches, windows of frames or chunks. A layer then
+    cannot tell which frame a row belongs to, and counting the rows would often give a wrong answer instead of none.
+    """
+    parallel = getattr(model, "_parallel_config", None)
+    if getattr(parallel, "context_parallel_config", None) is not None:
+        return "the tokens are split over processes (context parallelism)"
+    hooks = getattr(getattr(model, "_diffusers_hook", None), "hooks", {})
+    if not getattr(hooks.get("faster_cache_denoiser"), "is_guidance_distilled", True):
+        return "FasterCache leaves out a guidance branch"
+    for module in model.modules():
+        if type(module).__name__ in _PIECEWISE or getattr(module, "_chunk_size", None) is not None:
+            return f"{type(module).__name__} splits its input"
+    return None

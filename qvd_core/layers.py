@@ -164,9 +164,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         )
         return library.int8_linear(codes, step, *factors, None, None, input.dtype, backend)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.shared_input = None  # the others of its group may be loaded with something else
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A file of adapters holds none of these, and leaves the group as it is.
+        if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
+            self.shared_input = None  # the others of its group may be loaded with something else
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _is_plain(self) -> bool:
         transformed = self.input_shift is not None or self.input_scale is not None or self.plan.rotation

@@ -5,7 +5,7 @@ Weights are [N, K] (linear) or [N, C, kh, kw] (convolution); "input channel" is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,11 @@ from qvd_core.rotation import hadamard
 
 # Shares of max|w| tried as clipping points below 8 bits, where a smaller step can pay for clipped tails.
 _CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+# Weights are worked on some output channels at a time: in float32 those stay in a CPU's cache, and a whole layer in
+# float32 is never there. A GPU needs long calls instead.
+_CPU_BLOCK, _DEVICE_BLOCK = 2**18, 2**25  # elements
+_FEWEST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,41 @@ def quantize_weight(weight: Tensor, bits: int, rows: Tensor | None = None) -> Qu
     rows: float32 [S, K], a sample of the layer's input, K as in weight.flatten(1): then the rounding is error-
     compensating and the clip of each channel the one with the least output error. Raises QVDError on unusable rows.
     """
-    weight = weight.float()
-    limit = code_limit(bits)
-    peak = weight.abs().flatten(1).amax(dim=1).view(-1, *[1] * (weight.dim() - 1))
-    full = peak / limit
-    full = torch.where(full > 0, full, torch.ones_like(full))
-    scales = [full if share == 1.0 else full * share for share in (_CLIP_SHARES if bits < 8 else (1.0,))]
-    nearest = _nearest(weight, scales, limit)
     if rows is None:
-        return nearest
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = weight.new_empty((weight.shape[0], *[1] * (weight.dim() - 1)), dtype=torch.float32)
+        for part in row_blocks(weight):
+            block = weight[part].float()
+            nearest = _nearest(block, _candidate_scales(block, bits), code_limit(bits))
+            codes[part], scale[part] = nearest.codes, nearest.scale
+        return QuantizedWeight(codes, scale)
+    weight = weight.float()
+    candidates = _candidate_scales(weight, bits)
+    nearest = _nearest(weight, candidates, code_limit(bits))
     codes, scale = rounding.compensate(
         weight.flatten(1),
         nearest.codes.flatten(1),
         nearest.scale.flatten(1),
-        [candidate.flatten(1) for candidate in scales],
+        [candidate.flatten(1) for candidate in candidates],
         rows,
-        limit,
+        code_limit(bits),
     )
-    return QuantizedWeight(codes.view(weight.shape), scale.view(full.shape))
+    return QuantizedWeight(codes.view(weight.shape), scale.view_as(nearest.scale))
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Output channels of a weight [N, ...], a bounded number of elements at a time."""
+    elements = _CPU_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(_FEWEST_ROWS, elements // max(1, weight.shape[1:].numel()))
+    for start in range(0, weight.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _candidate_scales(weight: Tensor, bits: int) -> list[Tensor]:
+    """Scales float32 [N, 1, ...] to choose from, the one that clips nothing first."""
+    full = weight.abs().flatten(1).amax(dim=1).view(-1, *[1] * (weight.dim() - 1)) / code_limit(bits)
+    full = torch.where(full > 0, full, torch.ones_like(full))
+    return [full if share == 1.0 else full * share for share in (_CLIP_SHARES if bits < 8 else (1.0,))]
 
 
 def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> QuantizedWeight:
@@ -100,21 +122,36 @@ def fold_transform(
     rows: float32 [S, K(* kh * kw)], a sample of x~ for error-compensating rounding; None rounds to nearest.
     Returns the quantized W~ and bias^ float32 [N]. Raises QVDError on unusable rows or rotation.
     """
+    if rows is None:
+        blocks = [
+            _fold_block(weight[part], shift, scale, mean, bits, None, rotation) for part in row_blocks(weight)
+        ]
+        quantized = QuantizedWeight(
+            torch.cat([block.codes for block, _ in blocks]), torch.cat([block.scale for block, _ in blocks])
+        )
+        folded = torch.cat([sums for _, sums in blocks])
+    else:
+        quantized, folded = _fold_block(weight, shift, scale, mean, bits, rows, rotation)
+    if bias is not None:
+        folded = folded + bias.double()
+    return quantized, folded.float()
+
+
+def _fold_block(
+    weight: Tensor, shift: Tensor, scale: Tensor, mean: Tensor | None, bits: int, rows: Tensor | None, rotation: int
+) -> tuple[QuantizedWeight, Tensor]:
+    """The quantized W~ of some output channels, and what the bias gains from it, float64 [N]."""
     weight = weight.float()
     transformed = hadamard(weight * per_input_channel(scale, weight), rotation, dim=1)
     center = shift if mean is None else mean
     folded = sum_over_inputs(weight, center)
     if mean is None:
-        quantized = quantize_weight(transformed, bits, rows)
-    else:
-        offset = hadamard((shift.double() - mean.double()) / scale.double(), rotation)
-        if rows is not None:
-            # The bias makes good what rounding does to the mean of x~, -offset: only the spread around it counts.
-            taps = weight[0, 0].numel()
-            rounding.check_width(rows, len(offset) * taps)
-            rows = rows + offset.to(rows).repeat_interleave(taps)
-        quantized = quantize_weight(transformed, bits, rows)
-        folded = folded + sum_over_inputs(quantized.dequantize(), offset)
-    if bias is not None:
-        folded = folded + bias.double()
-    return quantized, folded.float()
+        return quantize_weight(transformed, bits, rows), folded
+    offset = hadamard((shift.double() - mean.double()) / scale.double(), rotation)
+    if rows is not None:
+        # The bias makes good what rounding does to the mean of x~, -offset: only the spread around it counts.
+        taps = weight[0, 0].numel()
+        rounding.check_width(rows, len(offset) * taps)
+        rows = rows + offset.to(rows).repeat_interleave(taps)
+    quantized = quantize_weight(transformed, bits, rows)
+    return quantized, folded + sum_over_inputs(quantized.dequantize(), offset)

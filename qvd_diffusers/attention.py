@@ -193,7 +193,7 @@ def _apply_named(model: nn.Module, name: str) -> None:
         raise _refusal(name, error) from error
     finally:
         # diffusers also makes it the default of every other model in the process.
-        registry.set_active_backend(before)
+        registry._active_backend = before
     layers = list(_attention_layers(model))
     if not any(_is_dispatched(module) for module in layers):
         logger.warning("%s keeps its own attention (attention=%r): %s.", type(model).__name__, name, _unfit(layers))

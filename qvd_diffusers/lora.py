@@ -53,16 +53,14 @@ class MergesByRequantizing:
             self._kernel_dim = len(layer.weight_shape)  # 4-bit codes are packed into two dimensions
         with _showing(self, skeleton(layer)):
             super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "use_dora", {}).get(adapter_name):  # of a peft that has no variants yet
+            raise _more_than_lora("Dora")
 
     def resolve_lora_variant(self, **kwargs: Any) -> None:
         """Plain LoRA only: DoRA and its like compute with the weight. Raises QVDError for them."""
         variant = super().resolve_lora_variant(**kwargs)  # type: ignore[misc]
         if variant is not None:
-            name = type(variant).__name__.removesuffix("Variant")
-            raise QVDError(
-                f"this adapter ({name}) is more than a plain LoRA and needs the float weight of the layer it is on: "
-                "merge it into the full-precision model, then quantize that."
-            )
+            raise _more_than_lora(type(variant).__name__.removesuffix("Variant"))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as peft does, into the float layer, and quantize it again. Raises QVDError when that is impossible."""
@@ -109,10 +107,17 @@ def _blank(tuner: Any) -> Any:
     return made.__new__(made)
 
 
+def _more_than_lora(name: str) -> QVDError:
+    return QVDError(
+        f"this adapter ({name}) is more than a plain LoRA and needs the float weight of the layer it is on: "
+        "merge it into the full-precision model, then quantize that."
+    )
+
+
 def _quantized(tuner: Any) -> QuantizedLayer:
     """The int8 layer a tuner layer wraps. Raises QVDError when there is another tuner layer between them."""
     if not isinstance(tuner.base_layer, QuantizedLayer):
-        raise QVDError("adapters of two kinds on one int8 layer cannot be merged: unload one of them.")
+        raise QVDError("this int8 layer has an adapter of another kind already: unload it first.")
     return tuner.base_layer
 
 

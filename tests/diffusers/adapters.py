@@ -18,7 +18,7 @@ from qvd_core.layers import QuantizedLayer
 from tests.diffusers.tiny import tiny_animate_diff, tiny_wan_transformer
 
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "time_proj")
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj", "proj_in")
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")
 
 
 TOKEN = QuantSpec(temporal_quantizer="power")  # one quantizer: the search takes its time
@@ -47,20 +47,11 @@ class Denoiser:
         """A quantized copy of the model; calibrated where the settings need it."""
         return copy.deepcopy(_quantized(self, spec))
 
-    @cache
-    def adapter(self, seed: int = 0, rank: int = 4, targets: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """A random LoRA as its file holds it; strong enough to change the output by about half."""
-        model = self.copy()
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(targets or self.targets), init_lora_weights="gaussian"
-        )
-        torch.manual_seed(seed)
-        model.add_adapter(config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.3)
-        state = get_peft_model_state_dict(model)
-        return {f"{self.prefix}.{key}": value.detach().clone() for key, value in state.items()}
+    def adapter(
+        self, seed: int = 0, rank: int = 4, targets: tuple[str, ...] = (), strength: float = 0.3
+    ) -> dict[str, Tensor]:
+        """A random LoRA as its file holds it; of strength 0.3 it changes the output by about half."""
+        return _adapter(self, seed, rank, targets or self.targets, strength)
 
     def load(self, model: Any, weights: dict[str, Tensor], name: str = "first", **how: Any) -> Any:
         """The model, with an adapter."""
@@ -95,6 +86,19 @@ def unet() -> Denoiser:
 
 
 DENOISERS = {"wan": wan, "unet": unet}
+
+
+@cache
+def _adapter(denoiser: Denoiser, seed: int, rank: int, targets: tuple[str, ...], strength: float) -> dict[str, Tensor]:
+    model = denoiser.copy()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
+    torch.manual_seed(seed)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=strength)
+    state = get_peft_model_state_dict(model)
+    return {f"{denoiser.prefix}.{key}": value.detach().clone() for key, value in state.items()}
 
 
 @cache

@@ -10,9 +10,9 @@ import diffusers
 import pytest
 import torch
 import transformers
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 
-import qvd_diffusers  # noqa: F401  (registers the backend)
+from qvd_diffusers import QVDConfig
 from tests.diffusers.tiny import tiny_animate_diff, tiny_wan
 from tests.diffusers.tiny_pipelines import PIPELINES, tiny_wan22
 
@@ -53,6 +53,21 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def folder(name: str) -> Path:
         path = tmp_path_factory.mktemp(name)
         PIPELINES[name].build().save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(
+    pipeline_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of one of `PIPELINES`, quantized by `QVDConfig()`. Read-only."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp(f"{name}-int8")
+        DiffusionPipeline.from_pretrained(pipeline_folder(name), quantization_config=QVDConfig()).save_pretrained(path)
         return path
 
     return folder

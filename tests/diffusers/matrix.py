@@ -24,11 +24,13 @@ from tests.tiny_models import tiny_family
 LEAST_SQNR = 25.0
 """dB of a data-free W8A8 output against full precision."""
 
-SAME_OUTPUT = 35.0
-"""dB between outputs of the same codes: another order of a float sum moves one rounding, never more."""
+CLOSER = 3.0
+"""dB by which two outputs of the same codes are nearer to each other than to full precision. They need not be equal:
+another order of a float sum moves a few roundings, and a deep random model makes much of them. A layer that computes
+something else would show as another error of quantization does, at 0 dB or less."""
 
 LEAST_SHARDS = 2
-LONGEST_REASON = 90
+LONGEST_REASON = 110
 
 COMPILE = "compile fullgraph"
 """The one column that takes seconds per class."""
@@ -171,9 +173,10 @@ def _check_identical(subject: Subject, model: nn.Module) -> None:
 
 
 def _check_same_output(subject: Subject, output: Tensor) -> None:
-    decibels = sqnr_db(subject.quantized_output, output)
-    if not decibels >= SAME_OUTPUT:
-        raise ColumnError(f"the same codes give another output: {decibels:.1f} dB")
+    apart = sqnr_db(subject.quantized_output, output)
+    least = sqnr_db(subject.expected, subject.quantized_output) + CLOSER
+    if not apart >= least:
+        raise ColumnError(f"the same codes give another output: {apart:.1f} dB, less than {least:.1f}")
 
 
 def _compiled_output(subject: Subject, model: nn.Module) -> Tensor:
@@ -196,7 +199,7 @@ def _upstream(error: Exception, of_float_model: Callable[[], object]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an exception."""
+    """The longest sentence of an exception's first line, in its own words."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    sentence = line.split(". ")[0].rstrip(".")
+    sentence = max(line.split(". "), key=len).rstrip(".")
     return sentence if len(sentence) <= LONGEST_REASON else sentence[: LONGEST_REASON - 1] + "…"

@@ -19,6 +19,7 @@ from qvd_core.families import FAMILIES
 from qvd_core.quality import sqnr_db
 from tests.diffusers.matrix import COLUMNS, COMPILE, LEAST_SQNR, ColumnError, Subject
 from tests.tiny_models import CLASS_OF, TINY_FAMILIES, TinyFamily, missing_class, tiny_family
+from tests.tiny_models.base import randomized
 from tests.tiny_models.classes import VIDEO_CLASSES
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -87,6 +88,17 @@ class TestColumnsCanFail:
         with pytest.raises(ColumnError, match=r"proj_out\.bias is not the tensor that was saved"):
             COLUMNS["save"](subject)
 
+    def test_another_function_of_the_same_codes(self, subject):
+        """One layer's scales 5 % off, after the output to compare with was taken."""
+        assert COLUMNS["SQNR"](subject)
+        model = copy.deepcopy(subject.quantized)
+        with torch.no_grad():
+            model.transformer_blocks[1].ff.net[2].weight_scale.mul_(1.05)
+        subject.load = lambda folder, **options: model
+        subject.quantized = model
+        with pytest.raises(ColumnError, match="the same codes give another output"):
+            COLUMNS["save"](subject)
+
     def test_nothing_quantized(self, subject):
         subject.quantized = copy.deepcopy(subject.tiny.model)
         with pytest.raises(ColumnError, match="no layer"):
@@ -147,22 +159,20 @@ class TestCoverage:
             assert float(cells[list(COLUMNS).index("SQNR")].removesuffix(" dB")) >= LEAST_SQNR
 
 
+@pytest.fixture(scope="module")
+def tomorrow() -> TinyFamily:
+    """Wan, wide enough for the generic rule, under a name that no entry has."""
+    unknown = type("TomorrowTransformer3DModel", (diffusers.WanTransformer3DModel,), {})
+    model = unknown(num_attention_heads=4, attention_head_dim=16, ffn_dim=96, text_dim=64, freq_dim=64, num_layers=1)
+    text = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+
+    def call(model: nn.Module, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+        return model(latents, torch.tensor([timestep]), text).sample
+
+    return TinyFamily(randomized(model), torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1)), call)
+
+
 class TestClassesOfTomorrow:
-    @pytest.fixture(scope="class")
-    def tomorrow(self) -> TinyFamily:
-        """Wan, wide enough for the generic rule, under a name that no entry has."""
-        unknown = type("TomorrowTransformer3DModel", (diffusers.WanTransformer3DModel,), {})
-        model = unknown(
-            num_attention_heads=4, attention_head_dim=16, ffn_dim=96, text_dim=64, freq_dim=64, num_layers=1
-        )
-        text = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
-
-        def call(model: nn.Module, latents: torch.Tensor, timestep: float) -> torch.Tensor:
-            return model(latents, torch.tensor([timestep]), text).sample
-
-        latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-        return TinyFamily(model.eval(), latents, call)
-
     def test_the_generic_rule_says_so_in_one_line_and_works(self, tomorrow, caplog):
         model = copy.deepcopy(tomorrow.model)
         with caplog.at_level(logging.WARNING, logger="qvd_core"):
