@@ -82,6 +82,7 @@ class Observation:
         """
         refuse_quantized(model)
         refuse_altered(model)
+        _refuse_training(model if running is None else running)
         family = family_or_generic(model)
         layers = quantizable_layers(model, family, spec)
         if not layers:
@@ -152,6 +153,17 @@ def watch(observations: Sequence[Observation], run: Callable[[], object]) -> Non
             raise QVDError(
                 f"the calibration run never called the model ({type(observation.running).__name__}): pass prompts or a "
                 "callable that samples with it, over all the steps it will be used at."
+            )
+
+
+def _refuse_training(model: nn.Module) -> None:
+    """Raise QVDError when a layer would disturb what is observed because it is in training mode."""
+    disturbing = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, disturbing) and getattr(module, "p", 1.0) > 0:
+            raise QVDError(
+                f"{type(model).__name__} is in training mode, where {name} ({type(module).__name__}) changes what the "
+                "layers see: call eval() on the model before calibrating it."
             )
 
 

@@ -48,7 +48,7 @@ def rebuilding(model: nn.Module) -> Iterator[nn.Module]:
 def _skeleton(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the float model of the same configuration, without any weights."""
     with torch.device("meta"):
-        return dict(type(model).from_config(model.config).named_modules())  # type: ignore[operator, attr-defined]
+        return dict(type(model).from_config(model.config).named_modules())  # type: ignore[attr-defined]
 
 
 def _had_bias(layer: QuantizedLayer, original: nn.Module | None) -> bool:
@@ -85,6 +85,6 @@ def _places(model: nn.Module, hidden: dict[str, nn.Module]) -> dict[str, str]:
         there = modules.get(name)
         if id(twin) in moved:
             places[name] = moved[id(twin)]
-        elif type(there) is type(twin) and there.weight.shape == twin.weight.shape:  # type: ignore[union-attr]
+        elif type(there) is type(twin) and there.weight.shape == twin.weight.shape:
             places[name] = name
     return places

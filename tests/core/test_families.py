@@ -22,6 +22,7 @@ from qvd_core.families import FAMILIES, Family, family_or_generic
 from qvd_core.families.patterns import has_prefix, matches
 from qvd_core.plan import quantizable_layers
 from qvd_core.temporal_fit import embed_timesteps
+from tests.core.family_counts import LAYER_COUNTS, MORE_THAN_THE_TIMESTEP
 from tests.core.folding import family_of, gemm_layers
 from tests.tiny_models import BATCH, CLASS_OF, FRAMES, TINY_FAMILIES, TinyFamily, missing_class, tiny_family
 from tests.tiny_models.classes import VIDEO_CLASSES
@@ -103,96 +104,6 @@ def watching(model, names, remember):
 @pytest.fixture(params=TINY_FAMILIES)
 def tiny(request) -> TinyFamily:
     return tiny_family(request.param)
-
-
-# (layers that may go to int8, temporal projections among them) of the tiny models, counted by hand.
-LAYER_COUNTS = {
-    "wan": (2 * (4 + 4 + 2) + 1, 1),  # per block: two attentions and the FFN
-    "wan-image": (2 * (4 + 6 + 2) + 1, 1),
-    "wan-vace": (4 * 12 + 1, 1),  # two blocks of each kind
-    "wan-animate": (2 * (12 + 4) + 1, 1),  # an attention to the face after each block
-    "wan-animate2": (2 * 12 + 1, 1),
-    "skyreels": (2 * 10 + 1, 1),
-    "skyreels-fps": (2 * 12 + 1, 1),
-    "chronoedit": (2 * 12 + 1, 1),
-    "anyflow": (2 * 10 + 1, 1),
-    "anyflow-far": (2 * 10 + 1, 1),
-    "helios": (2 * 10 + 1, 1),
-    "hunyuan": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),  # dual: 8 + 4 and two norms; single: qkv, 2 proj, norm
-    "hunyuan-image": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),
-    "framepack": (2 * (8 + 4 + 2) + 2 * (3 + 2 + 1), 2 * 2 + 2),
-    "hunyuan15": (2 * (8 + 4 + 2), 2 * 2),
-    "hunyuan15-meanflow": (2 * (8 + 4 + 2), 2 * 2),
-    "motif": (2 * (8 + 4 + 4 + 2) + 2 * (3 + 2 + 1) + 4, 2 * 2 + 2),  # one single block is a decoder, without text
-    "minimax": (2 * (4 + 2 + 1) + 6, 2),
-    "joyimage": (2 * (4 + 4) + 1, 1),  # two streams, each a fused qkv, a projection and the FFN
-    "ltx": (2 * (4 + 4 + 2) + 1, 1),
-    "cogvideox": (2 * (4 + 2 + 2), 2 * 2),
-    "cogvideox-ofs": (2 * (4 + 2 + 2), 2 * 2),
-    "ltx2": (2 * (6 * 4 + 2 * 2) + 6, 6),  # six attentions and two FFNs
-    "ltx2-gated": (2 * (6 * 5 + 2 * 2) + 8, 8),
-    "consisid": (2 * (4 + 2 + 2 + 3), 2 * 2),  # after each block an attention to the face
-    "easyanimate": ((8 + 4 + 2) + (4 + 2 + 2), 2 * 2),
-    "latte": (2 * (4 + 4 + 2) + 2 * (4 + 2) + 1, 1),  # blocks over space and over time
-    "allegro": (2 * (4 + 4 + 2) + 1, 1),
-    "cosmos": (2 * (4 + 4 + 2 + 6), 2 * 6),  # three norms with a low-rank modulation
-    "cosmos-image": (2 * (4 + 7 + 2 + 6), 2 * 6),
-    "cosmos-control": (2 * (4 + 7 + 2 + 6), 2 * 6),
-    "cosmos3": (2 * (8 + 6), 0),  # the timestep is added to the tokens: nothing is modulated
-    "cosmos3-sound": (2 * (8 + 6), 0),
-    "kandinsky5": (2 * (4 + 2 + 1) + 2 * (4 + 4 + 2 + 1), 2 + 2),  # text blocks and visual blocks
-    "kandinsky6": (
-        2 * (4 + 2 + 1) + 2 * (2 * (4 + 4 + 2 + 1) + 2 * (4 + 1)),
-        2 + 2 * 4,
-    ),  # the same for sound, and both
-    "kandinsky6-sr": (2 * (4 + 2 + 1), 2),
-    "sana-video": (2 * (4 + 4 + 3) + 1, 1),  # the FFN: two 1x1 convolutions and one over time; the grouped one stays
-    "sana-video-guidance": (2 * (4 + 4 + 3) + 1, 1),
-    "sana-wm": (2 * (7 + 3 + 3) + 1, 1),
-    "sana-wm-refiner": (2 * (6 * 5 + 2 * 2) + 1, 1),
-    "mochi": (2 * (8 + 4 + 2) + (7 + 2 + 2), 3 * 2),  # the last block ends the text stream
-    # 8 resnets of two convolutions and a projection, 5 shortcuts; 11 transformers: 2 proj, 8 attention, 2 ff; samplers
-    "animatediff": (8 * 3 + 5 + 11 * 12 + 2, 8),
-    "animatediff-linear": (8 * 3 + 5 + 11 * 12 + 2, 8),
-    # the same resnets with one more projection each (Conv3d stays); 4 transformers of a spatial and a temporal block
-    "svd": (8 * 6 + 5 + 4 * (2 + 10 + 12) + 2, 16),
-    # 8 resnets, each with four convolutions over time; 5 shortcuts; 4 transformers over space and 4 over time; samplers
-    "unet3d": (8 * (3 + 4) + 5 + 8 * 12 + 2, 8),
-    "i2vgen": (8 * (3 + 4) + 5 + 8 * 12 + 2, 8),
-    "motion-adapter": (4 * 12, 0),
-    # 4 resnets, a shortcut and a sampler; 2 transformers, 2 motion modules of one attention
-    "sparse-control": (4 * 3 + 1 + 1 + 2 * 12 + 2 * 8, 4),
-    "sparse-control-linear": (4 * 3 + 1 + 1 + 2 * 12 + 2 * 8, 4),
-    "temporal-transformer": (2 * (8 + 2), 0),
-}
-
-# Tiny models whose temporal features no timestep alone can give, and what else they hold.
-MORE_THAN_THE_TIMESTEP = {
-    "anyflow": "where the step ends",
-    "anyflow-far": "where the step ends",
-    "hunyuan": "pooled text, guidance",
-    "hunyuan-image": "pooled text, guidance",
-    "framepack": "pooled text, guidance",
-    "hunyuan15-meanflow": "where the step ends",
-    "minimax": "nothing; but its timesteps lie in [0, 1]",
-    "ltx2": "nothing; but every stream has an embedding of its own",
-    "ltx2-gated": "nothing; but every stream has an embedding of its own",
-    "cogvideox-ofs": "ofs",
-    "cosmos": "nothing; but a low-rank projection reads what another one gives",
-    "cosmos-image": "nothing; but a low-rank projection reads what another one gives",
-    "cosmos-control": "nothing; but a low-rank projection reads what another one gives",
-    "cosmos3": "nothing is projected",
-    "cosmos3-sound": "nothing is projected",
-    "kandinsky5": "pooled text",
-    "kandinsky6": "pooled text",
-    "kandinsky6-sr": "nothing; but a trained bias, which is no module",
-    "sana-video-guidance": "guidance",
-    "mochi": "pooled text",
-    "svd": "fps, motion, noise of the image",
-    "i2vgen": "fps",
-    "motion-adapter": "nothing is projected",
-    "temporal-transformer": "nothing is projected",
-}
 
 
 class TestEntries:

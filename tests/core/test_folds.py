@@ -17,6 +17,7 @@ from qvd_core import QVDError
 from qvd_core.families import Family, Fold
 from qvd_core.folds import TensorEdit, fold_sites, foldable_transforms, producer_edits
 from qvd_core.transform import Transform
+from tests.core.family_counts import PLACES
 from tests.core.folding import (
     family_of,
     fold_into_layers,
@@ -31,76 +32,6 @@ from tests.tiny_models import TINY_FAMILIES, tiny_family
 
 EXACT = 1e-3  # METHOD 5.1: |dY| < 1e-3 rms
 WRONG = 1e-2  # what a wrong fold must at least do
-
-# How many places there are of each kind in the tiny models. Absent: nothing of the kind, and why.
-PLACES = {
-    # per block: two table rows, norm2, two attentions; its FFN is a plain GELU, not gated
-    "wan": {"table": 4, "norm": 2, "value": 4},
-    "wan-image": {"table": 4, "norm": 2, "value": 4},
-    "wan-vace": {"table": 8, "norm": 4, "value": 8},
-    "wan-animate": {"table": 4, "norm": 2, "value": 4 + 2},
-    "wan-animate2": {"table": 4, "norm": 2, "value": 4},
-    "skyreels": {"table": 4, "norm": 2, "value": 4},
-    "skyreels-fps": {"table": 4, "norm": 2, "value": 4},
-    "chronoedit": {"table": 4, "norm": 2, "value": 4},
-    "anyflow": {"table": 4, "norm": 2, "value": 4},
-    "anyflow-far": {"table": 4, "norm": 2, "value": 4},
-    "helios": {"table": 4, "norm": 2, "value": 4},
-    # per dual block: two streams with two modulated norms each; per single block: one, and half of proj_out
-    "hunyuan": {"modulation": 2 * 4 + 2, "value": 2 + 2},
-    "hunyuan-image": {"modulation": 2 * 4 + 2, "value": 2 + 2},
-    "framepack": {"modulation": 2 * 4 + 2, "value": 2 + 2},
-    "hunyuan15": {"modulation": 2 * 4, "value": 2},
-    "hunyuan15-meanflow": {"modulation": 2 * 4, "value": 2},
-    # two attentions per block; the decoder block has one, and a single block's joint attention feeds another layer
-    "motif": {"modulation": 2 * 4 + 2, "value": 2 * 2 + 1},
-    # two blocks and one refiner block
-    "minimax": {"modulation": 2 * 2, "norm": 2, "gate": 3, "value": 3},
-    "joyimage": {"table": 2 * 4},
-    # its RMSNorms have no affine part, its FFN is a plain GELU, attn2 reads the residual stream
-    "ltx": {"table": 4, "value": 4},
-    # four tables, of which the queries and the keys read different rows; behind gated attentions nothing folds
-    "ltx2": {"table": 2 * 8},
-    "ltx2-gated": {"table": 2 * 8},
-    # its affine LayerNorms are modulated afterwards: the modulation takes it all
-    "cogvideox": {"modulation": 4, "value": 2},
-    "cogvideox-ofs": {"modulation": 4, "value": 2},
-    "consisid": {"modulation": 4, "value": 2, "norm": 2 * 2},  # two norms before the attention to the face
-    "easyanimate": {"modulation": 2, "value": 1},  # the text of the one block that has layers for it
-    "latte": {"table": 4 + 4, "value": 4 + 2},  # spatial blocks and temporal ones
-    "allegro": {"table": 4, "value": 4},
-    # no linear of their blocks has a bias
-    "cosmos": {"value": 4},
-    "cosmos-image": {"value": 4},
-    "cosmos-control": {"value": 4},
-    # two towers of two RMSNorms; fewer value heads than query heads
-    "cosmos3": {"norm": 2 * 4},
-    "cosmos3-sound": {"norm": 2 * 4},
-    # text blocks: two modulated norms, one attention; visual blocks: three and two
-    "kandinsky5": {"modulation": 2 * 2 + 2 * 3, "value": 2 + 2 * 2},
-    # the same for video and sound, and in every visual block an attention from each to the other
-    "kandinsky6": {"modulation": 2 * 2 + 2 * (2 * 3 + 2), "value": 2 + 2 * (2 * 2 + 2)},
-    "kandinsky6-sr": {"modulation": 2 * 2, "value": 2},
-    "sana-video": {"table": 2 * 2, "value": 2},
-    "sana-video-guidance": {"table": 2 * 2, "value": 2},
-    "sana-wm": {"table": 2},
-    "sana-wm-refiner": {"table": 2 * 8},
-    # three blocks; the last has no context FFN
-    "mochi": {"modulation": 3 * 3 + 2, "gate": 3 + 2, "value": 3},
-    # 4 spatial, 7 motion transformers: norm, norm1-3, attn1-2, ff; no modulated norms
-    "animatediff": {"norm": 11 * 4, "gate": 11, "value": 11 * 2},
-    "animatediff-linear": {"norm": 11 * 4, "gate": 11, "value": 11 * 2},
-    # 4 transformers, each a spatial block and a temporal one with norm_in and ff_in
-    "svd": {"norm": 4 * (1 + 3 + 4), "gate": 4 * (1 + 2), "value": 4 * 4},
-    # 4 transformers over space, 4 over time
-    "unet3d": {"norm": 8 * 4, "gate": 8, "value": 8 * 2},
-    "i2vgen": {"norm": 8 * 4, "gate": 8, "value": 8 * 2},
-    "motion-adapter": {"norm": 4 * 4, "gate": 4, "value": 4 * 2},
-    # 2 spatial transformers, 2 motion modules of one attention
-    "sparse-control": {"norm": 2 * 4 + 2 * 3, "gate": 2 + 2, "value": 2 * 2 + 2},
-    "sparse-control-linear": {"norm": 2 * 4 + 2 * 3, "gate": 2 + 2, "value": 2 * 2 + 2},
-    "temporal-transformer": {"norm": 2 * 3, "gate": 2, "value": 2 * 2},
-}
 
 
 class TestExactness:
@@ -264,6 +195,16 @@ WRONG_FOLDS = {
     ),
     "table: another row": ("wan", ("table", lambda fold: fold.sections == ((0, None),)), {"sections": ((2, None),)}),
     "modulation: one stream only": ("cogvideox", ("modulation", bool), {"sections": ((0, 1),)}),
+    "modulation: the attention to the text is missing": (
+        "motif",
+        ("modulation", lambda fold: len(fold.consumers) == 5),
+        {"consumers": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")},
+    ),
+    "modulation: one kind of rows out of three": (
+        "minimax",
+        ("modulation", bool),
+        {"sections": ((0, 1),)},
+    ),
     "modulation: scale before shift": ("hunyuan", ("modulation", bool), {"sections": ((1, 0),)}),
 }
 

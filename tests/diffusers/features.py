@@ -104,7 +104,7 @@ class Bench:
         noise = distance(before, exact_before)  # what quantization itself costs
         if undone is not None and distance(undone, before) > noise:
             return Outcome("wrong", f"taking it back leaves a difference of {distance(undone, before):.1e}")
-        error, limit = distance(after, before), noise
+        difference, limit = distance(after, before), noise
         if chosen.judge is not Judge.SAME:
             _, exact_after, _ = self._run(chosen, self._full, scratch / "full")
         if chosen.judge is Judge.STORAGE:
@@ -112,8 +112,10 @@ class Bench:
         if chosen.judge is Judge.APPROXIMATION:
             if distance(exact_after, exact_before) < 1e-6:
                 return Outcome("upstream", "changes nothing in full precision either")
-            error, limit = distance(after, exact_after), 2 * noise
-        return Outcome("ok") if error <= limit else Outcome("wrong", f"difference {error:.1e}, allowed {limit:.1e}")
+            difference, limit = distance(after, exact_after), 2 * noise
+        if difference <= limit:
+            return Outcome("ok")
+        return Outcome("wrong", f"difference {difference:.1e}, allowed {limit:.1e}")
 
     def offers(self, chosen: Feature) -> bool:
         """Whether this diffusers has what the feature calls, for this pipeline."""

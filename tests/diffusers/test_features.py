@@ -1,4 +1,4 @@
-"""After loading, a quantized pipeline stands whatever its users do to it: the table of docs/features.md, cell by cell."""
+"""After loading, a quantized pipeline stands whatever its users do to it: docs/features.md, cell by cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.diffusers import features_caching, features_memory  # noqa: F401  (they register the features)
-from tests.diffusers.features import FEATURES, Bench, Outcome, distance
+from tests.diffusers.features import FEATURES, Bench, Feature, Outcome, distance
 from tests.diffusers.tiny_pipelines import PIPELINES
 
 NEWEST = diffusers.__version__ >= "0.42"
@@ -58,8 +58,6 @@ class TestTheJudge:
         return bench("Wan")
 
     def tried(self, wan: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: object) -> Outcome:
-        from tests.diffusers.features import Feature
-
         monkeypatch.setitem(FEATURES, "tried", Feature("tried", **settings))  # type: ignore[arg-type]
         return wan.outcome("tried", tmp_path)
 
