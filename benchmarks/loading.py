@@ -115,7 +115,7 @@ def run_child(root: Path, way: str, threads: int) -> dict[str, float]:
     folder, arguments = WAYS[way]
     command = [sys.executable, "-m", "benchmarks.loading", "--child", str(root / folder), json.dumps(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)  # noqa: S603
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     peaks = {"RssAnon": 0, "RssFile": 0}
 
     def watch() -> None:
@@ -159,8 +159,8 @@ def markdown(known: Mapping[str, str], figures: Mapping[str, Mapping[str, float]
     lines = [
         "# Loading a large checkpoint",
         "",
-        "A Wan transformer with random weights, each load in a new process that has imported everything already; files in",
-        "the page cache. Memory in MB (10⁶ bytes): peak RSS of the whole process, of it the largest anonymous and",
+        "A Wan transformer with random weights, each load in a new process that has imported everything already; files",
+        "in the page cache. Memory in MB (10⁶ bytes): peak RSS of the whole process, of it the largest anonymous and",
         "file-backed parts, and the loaded tensors. `× plain`: median quotient of the times within a round.",
         "",
         f"Goal: quantizing while loading peaks at no more than 0.55 × the fp16 file + 1 GB = {goal / MEGABYTE:.0f} MB",

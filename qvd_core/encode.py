@@ -92,7 +92,9 @@ class Encoding:
 
 def check_layer(name: str, weight: Tensor, bias: Tensor | None, scales: Scales | None) -> None:
     """Raise QVDError when a layer's float tensors hold NaN or do not belong to `scales`."""
-    check_finite(f"{name}.weight", weight)
+    # The extremes of a tensor with NaN are NaN; finding them takes a tenth of the time of looking at every element.
+    if not (weight.numel() and weight.element_size() > 1 and bool((weight.amax() - weight.amin()).isfinite())):
+        check_finite(f"{name}.weight", weight)
     if bias is not None:
         check_finite(f"{name}.bias", bias)
     if scales is not None:
@@ -109,7 +111,6 @@ def encode_layer(
     folded: Transform | None = None,
 ) -> dict[str, Tensor]:
     """Every state-dict entry of a quantized layer. `folded`: the transform its input has had by a producer already."""
-    weight = weight.float()
     calibrated = scales.layers.get(name) if scales is not None else None
     tensors: dict[str, Tensor] = {}
     if scales is not None and calibrated is not None and plan.kind != "temporal":

@@ -128,9 +128,7 @@ def fold_transform(
     Returns the quantized W~ and bias^ float32 [N]. Raises QVDError on unusable rows or rotation.
     """
     if rows is None:
-        blocks = [
-            _fold_block(weight[part], shift, scale, mean, bits, None, rotation) for part in row_blocks(weight)
-        ]
+        blocks = [_fold_block(weight[part], shift, scale, mean, bits, None, rotation) for part in row_blocks(weight)]
         quantized = QuantizedWeight(
             torch.cat([block.codes for block, _ in blocks]), torch.cat([block.scale for block, _ in blocks])
         )

@@ -28,6 +28,7 @@ from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.attention import AUTO, apply_attention, require_backend, restore_attention
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
+from qvd_diffusers.mapped import OneByOne
 from qvd_diffusers.streaming import (
     Device,
     Encoder,
@@ -104,6 +105,10 @@ class QVDQuantizer(DiffusersQuantizer):
         """Only looks: the names in the checkpoint are needed to see what is missing before anything is read."""
         self._in_checkpoint = list(loaded_keys)
         return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Read the tensors of a file one at a time; `from_single_file` first renames them and gets them as they are."""
+        return OneByOne(state_dict) if self._plan else state_dict
 
     # The skeleton
 
@@ -213,7 +218,7 @@ class QVDQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take one tensor of the checkpoint. `param_value` was cast by diffusers; `state_dict` has it as stored."""
+        """Take one tensor of the checkpoint from `state_dict`; `param_value` says to which type diffusers casts it."""
         self._refuse_unplanned(unexpected_keys or ())
         layer, suffix = split_name(param_name)
         module = model.get_submodule(layer)
@@ -221,10 +226,11 @@ class QVDQuantizer(DiffusersQuantizer):
         if layer not in self._plan:
             if self._encoder is not None:
                 check_finite(param_name, stored)
-                param_value = self._encoder.encoding.edit(param_name, param_value)
+                value = self._encoder.encoding.edit(param_name, stored.to(param_value.dtype))
             else:
                 check_stored_values(stored, param_name)
-            place(module, suffix, param_value, target_device)
+                value = stored.to(param_value.dtype)
+            place(module, suffix, value, target_device)
         elif self._encoder is None:
             check_stored_values(stored, param_name)
             place(module, suffix, matching(stored, stored_tensors(module)[suffix], param_name), target_device)

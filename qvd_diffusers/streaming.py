@@ -70,10 +70,10 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **buffers}
 
 
-def place(module: nn.Module, suffix: str, value: Tensor, device: Device) -> None:
-    """Put `value` where `module` has the empty tensor `suffix`."""
+def place(module: nn.Module, suffix: str, value: Tensor, device: Device, copy: bool = True) -> None:
+    """Put `value` where `module` has the empty tensor `suffix`. `copy`: unless it is known to be new."""
     # A copy: a view into the mapped file has the file's alignment, and with it other rounding in float32 kernels.
-    value = value.detach().to(device, copy=True)
+    value = value.detach().to(device, copy=copy)
     if suffix in module._parameters:
         empty = module._parameters[suffix]
         requires_grad = empty is not None and empty.requires_grad and value.is_floating_point()
@@ -86,8 +86,10 @@ def place_encoded(module: QuantizedLayer, name: str, tensors: Mapping[str, Tenso
     """Fill a quantized layer with the result of `encode_layer`; the codebook of a temporal layer may come later."""
     empty = stored_tensors(module)
     for suffix, value in tensors.items():
-        fitting = value if suffix == "weight" else matching(value, empty[suffix], f"{name}.{suffix}")
-        place(module, suffix, fitting, device)
+        if suffix == "weight":  # codes just made: the largest tensor is not copied once more
+            place(module, suffix, value, device, copy=False)
+        else:
+            place(module, suffix, matching(value, empty[suffix], f"{name}.{suffix}"), device)
 
 
 def expect_float_weights(model: nn.Module) -> None:

@@ -55,7 +55,8 @@ class Denoiser:
 
     def load(self, model: Any, weights: dict[str, Tensor], name: str = "first", **how: Any) -> Any:
         """The model, with an adapter."""
-        model.load_lora_adapter(dict(weights), prefix=self.prefix, adapter_name=name, **how)
+        own = {key: value.clone() for key, value in weights.items()}  # hot-swapping trades tensors in older pefts
+        model.load_lora_adapter(own, prefix=self.prefix, adapter_name=name, **how)
         return model
 
 
