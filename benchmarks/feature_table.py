@@ -48,6 +48,9 @@ NOTES = """
   layers step aside: `with qvd_diffusers.rebuilding.rebuilding(pipe.unet): pipe.enable_free_noise(...)`.
 - `fuse_qkv_projections` works, and gains nothing: the quantized projections are called one after the other, on an input
   that is quantized once anyway. Nothing is added to the checkpoint.
+- `torch.compile(fullgraph=True)` of the whole denoiser gives one program for all six and none more for other timesteps
+  or step counts; `compile_repeated_blocks` works for Wan, HunyuanVideo and LTX (the other classes name no blocks).
+- Context parallelism (Ulysses, two gloo processes, Wan): the same result as one process.
 - `activation="static_frame"` keeps a scale per video frame. Where diffusers splits the input of a layer (context
   parallelism, FreeNoise windows, split inference, forward chunking, FasterCache's unconditional branch) the frame of a
   row is not known, and those layers use their widest scale; one warning says so. Every other activation mode is exact.

@@ -191,8 +191,8 @@ def dequantize_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
-    """The float layer W = dequantized W~ / scale, b = bias - W shift, in the layer's compute dtype."""
+def dequantize_layer(layer: QuantizedLayer, dtype: torch.dtype | None = None) -> nn.Module:
+    """The float layer W = dequantized W~ / scale, b = bias - W shift, in `dtype` or the layer's compute dtype."""
     weight = hadamard(layer.dequantized_weight(), layer.plan.rotation, dim=1)  # its own inverse
     bias = None if layer.bias is None else layer.bias.double()
     if layer.input_scale is not None:
@@ -202,8 +202,8 @@ def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
         shift = layer.input_shift.double().view(1, -1, *[1] * (weight.dim() - 2))
         bias = bias - (weight.double() * shift).flatten(1).sum(dim=1)
     with torch.device("meta"):
-        plain = _plain_twin(layer, bias is not None)
-    dtype = layer.compute_dtype
+        plain = plain_twin(layer, bias is not None)
+    dtype = dtype or layer.compute_dtype
     plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
@@ -211,7 +211,8 @@ def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
     return plain
 
 
-def _plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d | nn.Conv3d:
+def plain_twin(layer: QuantizedLayer, bias: bool) -> nn.Linear | nn.Conv2d | nn.Conv3d:
+    """A new float layer of the same class and sizes, on the default device."""
     if isinstance(layer, nn.Conv2d | nn.Conv3d):
         convolution = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv3d
         return convolution(

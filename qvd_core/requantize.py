@@ -5,13 +5,11 @@ The input transform and the activation steps stay as they were calibrated; the w
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from qvd_core.checks import cast_finite
-from qvd_core.convert import _plain_twin, dequantize_layer
+from qvd_core.convert import dequantize_layer, plain_twin
 from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
 from qvd_core.packing import pack_int4
@@ -25,7 +23,7 @@ def skeleton(layer: QuantizedLayer) -> nn.Module:
     All elements of its weight and of its bias share one place in memory.
     """
     with torch.device("meta"):
-        twin = _plain_twin(layer, layer.bias is not None)
+        twin = plain_twin(layer, layer.bias is not None)
     for name, parameter in list(twin.named_parameters()):
         value = torch.zeros(1, dtype=layer.compute_dtype, device=layer.weight.device).expand(parameter.shape)
         setattr(twin, name, nn.Parameter(value, requires_grad=False))
@@ -42,9 +40,7 @@ def float_layer(layer: QuantizedLayer) -> nn.Module:
             "an int8 weight is on the meta device, where offloading keeps it between uses: merge adapters first, "
             "then enable offloading."
         )
-    view = copy.copy(layer)
-    view.compute_dtype = torch.float32
-    return dequantize_layer(view)
+    return dequantize_layer(layer, torch.float32)
 
 
 @torch.no_grad()

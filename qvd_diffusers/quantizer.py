@@ -52,7 +52,7 @@ class QVDQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
     requires_calibration = False
     is_serializable = True
-    is_trainable = False
+    is_trainable = True
     is_compileable = True
 
     quantization_config: QVDConfig

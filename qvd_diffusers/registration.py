@@ -8,17 +8,19 @@ from diffusers.quantizers import auto as diffusers_auto
 
 from qvd_core.errors import QVDError
 from qvd_diffusers.config import QVDConfig, QVDMethod, text_encoder_refusal
+from qvd_diffusers.lora import watch_adapters
 from qvd_diffusers.quantizer import QVDQuantizer
 
 
 def register() -> None:
-    """Enter the config and the quantizer under "qvd". Calling it again changes nothing.
+    """Enter the config and the quantizer under "qvd", and let adapters merge. Calling it again changes nothing.
 
     diffusers has no registration function; its two mappings are plain dicts, and adding an entry replaces nothing.
     """
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QVDMethod.QVD.value] = QVDConfig
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QVDMethod.QVD.value] = QVDQuantizer
     _register_with_transformers()
+    watch_adapters()
 
 
 def _register_with_transformers() -> None:

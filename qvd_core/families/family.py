@@ -56,7 +56,7 @@ class Family:
     shared_inputs: (parent pattern, names below it): linears below one parent that read the same tensor.
     prompt_inputs: layers that read the text (or image) condition. Their ranges belong to the prompt, which no
         calibration can foresee, and they see few tokens: they keep dynamic scales when everything else is static.
-    timestep_argument: name of the denoiser's forward argument that holds the timestep.
+    timestep_argument: name of the denoiser's forward argument that holds the timestep; empty where it has none.
     sample_argument: name of the one that holds the latents, batch first.
     frames_dim: which dimension of the latents counts the frames; None where the latents come as a flat sequence.
     frame_order: (layer pattern, order), first match counts: the frame of row m of the M flattened input rows of a

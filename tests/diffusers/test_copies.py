@@ -14,10 +14,8 @@ from torch import nn
 
 from qvd_core.layers import QuantizedLayer, QuantLinear
 from qvd_diffusers import QVDConfig
-from qvd_diffusers.lora import watch_adapters
 from tests.diffusers.adapters import BUCKETS, STATIC, same, tensors, unet, wan
 
-watch_adapters()
 pytestmark = pytest.mark.filterwarnings("ignore:Merging an adapter")
 
 

@@ -29,7 +29,7 @@ from qvd_core.ops import dispatch
 from qvd_core.requantize import float_layer, requantize
 from qvd_core.temporal_layer import TemporalLinear
 from qvd_diffusers import QVDConfig
-from qvd_diffusers.lora import FUSE_WARNING, watch_adapters
+from qvd_diffusers.lora import FUSE_WARNING
 from tests.diffusers.adapters import (
     DENOISERS,
     FOUR_BITS,
@@ -45,7 +45,6 @@ from tests.diffusers.adapters import (
 )
 from tests.diffusers.tiny import WAN_CALL, sample_frames
 
-watch_adapters()
 pytestmark = pytest.mark.filterwarnings("ignore:Merging an adapter")
 
 

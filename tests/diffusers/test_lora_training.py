@@ -14,10 +14,7 @@ from diffusers import WanPipeline
 from peft import get_peft_model_state_dict
 
 from qvd_diffusers import QVDConfig
-from qvd_diffusers.lora import watch_adapters
 from tests.diffusers.adapters import cosine, noise, same, sqnr_db, tensors, wan
-
-watch_adapters()
 
 GUIDE = Path(__file__).parents[2] / "docs" / "lora.md"
 STEPS = 10
