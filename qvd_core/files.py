@@ -41,7 +41,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
 
 
 def _owning_their_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; those that share memory, as statistics of one input may, as copies: the format says so."""
+    """The tensors on the CPU; copies of those that share memory, as statistics of one input may: no file can."""
     owned: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():

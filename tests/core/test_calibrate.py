@@ -63,7 +63,7 @@ class TestSees:
 
     def test_timesteps_however_they_are_passed(self, wan, monkeypatch):
         """Positional or by keyword, whole or float: one feature row per distinct timestep."""
-        monkeypatch.setattr("qvd_core.calibrate.grid_features", lambda model, family: {})  # only what was observed
+        monkeypatch.setattr("qvd_core.observation.grid_features", lambda model, family: {})  # only what was observed
         latents, text = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 3, 32)
 
         def run():

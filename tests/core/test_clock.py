@@ -60,8 +60,13 @@ class TestReads:
     @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
     def test_every_family_names_arguments_its_models_have(self, family):
         for name in family.classes:
-            parameters = inspect.signature(getattr(diffusers, name).forward).parameters
-            assert {family.timestep_argument, family.sample_argument} <= parameters.keys()
+            kind = getattr(diffusers, name, None)
+            if kind is None:
+                pytest.skip(f"this diffusers has no {name}")
+            parameters = inspect.signature(kind.forward).parameters
+            named = {family.timestep_argument, family.sample_argument} - {""}
+            # A motion adapter is part of a UNet, and has no forward pass of its own.
+            assert named <= parameters.keys() or kind.forward is torch.nn.Module.forward
 
 
 class TestFrameOfRows:
