@@ -18,13 +18,14 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from qvd_diffusers import QVDConfig
-from tests.diffusers import features_caching, features_memory
+from tests.diffusers import features_adapters, features_caching, features_memory
 from tests.diffusers.features import FEATURES, Bench, Outcome
 from tests.diffusers.tiny_pipelines import PIPELINES
 
 GROUPS = {
     "Memory": features_memory,
     "Blocks, attention, caches": features_caching,
+    "Adapters, training, copies": features_adapters,
 }
 INTRODUCTION = """# Features after loading
 

@@ -105,7 +105,7 @@ def log2_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
     does not grow with `bits`; this is the faithful mode and a baseline.
     """
     check_bits(bits)
-    codes = torch.arange(2 ** (bits - 1), dtype=torch.float64)
+    codes = _codes(2 ** (bits - 1))
     return _logarithmic("log2", bits, largest_magnitude(check_features(features)), 1.0, codes, zero_share=None)
 
 
@@ -120,8 +120,7 @@ def logk_quantizer(amplitude: float, k: float, bits: int, zero_share: float = 0.
     _check_positive(amplitude=amplitude, k=k)
     if not 0.0 <= zero_share <= 1.0:
         raise QVDError(f"zero_share: {zero_share!r} must lie in [0, 1].")
-    codes = torch.arange(2 ** (bits - 1) - 1, dtype=torch.float64)
-    return _logarithmic("logk", bits, amplitude, k, codes, zero_share)
+    return _logarithmic("logk", bits, amplitude, k, _codes(2 ** (bits - 1) - 1), zero_share)
 
 
 def power_quantizer(amplitude: float, p: float, bits: int) -> TemporalQuantizer:
@@ -131,10 +130,7 @@ def power_quantizer(amplitude: float, p: float, bits: int) -> TemporalQuantizer:
     """
     check_bits(bits)
     _check_positive(amplitude=amplitude, p=p)
-    largest = 2 ** (bits - 1) - 1
-    codes = torch.arange(1, largest + 1, dtype=torch.float64)
-    magnitudes = amplitude * (codes / largest) ** p
-    lower_edges = amplitude * ((codes - 0.5) / largest) ** p
+    magnitudes, lower_edges = _drop_tiny(*_powers(amplitude, p, bits))
     return _codebook("power", bits, *_both_signs(magnitudes, lower_edges, has_zero=True))
 
 
@@ -148,24 +144,18 @@ def mix_quantizer(features: Tensor, edge: float, bits: int) -> TemporalQuantizer
     magnitude below the edge, or is the first uniform level when the edge is 0.
     """
     check_bits(bits)
-    lowest, highest = _limits(check_features(features))
+    return mix_between(*limits(check_features(features)), edge, bits)
+
+
+def mix_between(lowest: float, highest: float, edge: float, bits: int) -> TemporalQuantizer:
+    """`mix_quantizer` for features from `lowest` to `highest`."""
     highest = max(highest, 0.0)
     if not 0.0 <= edge <= highest:
         raise QVDError(f"edge: {edge!r} must lie in the positive range of the features, [0, {highest:g}].")
-    codes = torch.arange(2 ** (bits - 2), dtype=torch.float64)
-    negative, negative_edges = _octaves(max(-lowest, 0.0), 1.0, codes)
-    positive, positive_edges = _octaves(edge, 1.0, codes)
-    step = (highest - edge) / (2 ** (bits - 1) - 1)
-    uniform = edge + step * torch.arange(2 ** (bits - 1), dtype=torch.float64)
-    pieces = [  # levels, the boundaries between them, and the one to the next piece
-        (-negative.flip(0), _mirror(negative_edges[1:]), [-_ZERO]),
-        (positive, positive_edges[1:], [edge]),
-        (uniform, uniform[:-1] + step / 2, []),
-    ]
-    pieces = [piece for piece in pieces if len(piece[0])]
-    levels = torch.cat([levels for levels, _, _ in pieces])
-    boundaries = torch.cat([torch.cat([inner, inner.new_tensor(end)]) for _, inner, end in pieces])
-    return _codebook("mix", bits, levels, boundaries)
+    negative, positive = (
+        _drop_tiny(*_octaves(limit, 1.0, _codes(2 ** (bits - 2)))) for limit in (max(-lowest, 0.0), edge)
+    )
+    return _codebook("mix", bits, *_mixed(negative, positive, edge, highest, bits))
 
 
 def uniform_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
@@ -174,9 +164,9 @@ def uniform_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
     `features` is E [T, C]. Zero is no level of its own.
     """
     check_bits(bits)
-    lowest, highest = _limits(check_features(features))
+    lowest, highest = limits(check_features(features))
     step = (highest - lowest) / (2**bits - 1)
-    levels = lowest + step * torch.arange(2**bits, dtype=torch.float64)
+    levels = lowest + step * _codes(2**bits)
     return _codebook("uniform", bits, levels, levels[:-1] + step / 2)
 
 
@@ -187,41 +177,102 @@ def channel_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
     lowest, highest = values.amin(dim=0), values.amax(dim=0)
     gain = ((highest - lowest) / (2**bits - 1)).float()
     gain = gain.clamp(min=_ZERO)  # a channel that never changes: every code decodes to its one value
-    levels = torch.arange(2**bits, dtype=torch.float64)
+    levels = _codes(2**bits)
     return _codebook("channel", bits, levels, levels[:-1] + 0.5, offset=lowest.float(), gain=gain)
+
+
+# Many at once ------------------------------------------------------------------------------------------------------
+
+Codebooks = tuple[Tensor, Tensor]
+"""Levels [n, L] and boundaries [n, L-1] of n quantizers in float64, ascending: what a search compares them by."""
+
+
+def logk_codebooks(amplitude: Tensor, k: Tensor, bits: int, zero_share: Tensor) -> Codebooks:
+    """`logk_quantizer` for each of the parameters, float64 [n] each; tiny and equal levels are all kept."""
+    magnitudes, lower_edges = _octaves(amplitude[:, None], k[:, None], _codes(2 ** (bits - 1) - 1))
+    lower_edges[:, 0] = (zero_share * magnitudes[:, 0]).clamp(min=_ZERO)
+    return _both_signs(magnitudes, lower_edges, has_zero=True)
+
+
+def power_codebooks(amplitude: Tensor, p: Tensor, bits: int) -> Codebooks:
+    """`power_quantizer` for each of the parameters, float64 [n] each; tiny and equal levels are all kept."""
+    return _both_signs(*_powers(amplitude[:, None], p[:, None], bits), has_zero=True)
+
+
+def mix_codebooks(lowest: float, highest: float, edge: Tensor, bits: int) -> Codebooks:
+    """`mix_between` for each edge, float64 [n]; tiny and equal levels are all kept."""
+    codes = _codes(2 ** (bits - 2))
+    negative = _octaves(torch.full_like(edge[:, None], max(-lowest, 0.0)), 1.0, codes)
+    return _mixed(negative, _octaves(edge[:, None], 1.0, codes), edge[:, None], max(highest, 0.0), bits)
+
+
+# Formulas, for one quantizer or for many (parameters [n, 1], results [n, ...]) ----------------------------------------
+
+
+def _codes(count: int) -> Tensor:
+    """0 ... count-1 in float64; on the CPU even where new tensors go elsewhere, such as "meta" while a model loads."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")
 
 
 def _logarithmic(
     name: str, bits: int, amplitude: float, k: float, codes: Tensor, zero_share: float | None
 ) -> TemporalQuantizer:
     """x̂ = sign(x) A 2^(-q/k) for q in `codes` [n] (ascending from 0), rounded in the logarithm; None: no zero level."""
-    magnitudes, lower_edges = _octaves(amplitude, k, codes)
+    magnitudes, lower_edges = _drop_tiny(*_octaves(amplitude, k, codes))
     if zero_share is not None:
         lower_edges[0] = max(_ZERO, zero_share * magnitudes[0].item())
     return _codebook(name, bits, *_both_signs(magnitudes, lower_edges, has_zero=zero_share is not None))
 
 
-def _octaves(amplitude: float, k: float, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """A 2^(-q/k) for q in `codes` [n], ascending, and where each begins when rounding in the logarithm."""
+def _octaves(amplitude: float | Tensor, k: float | Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """A 2^(-q/k) for q in `codes`, ascending, and where each begins when rounding in the logarithm."""
     codes = codes.flip(0)
-    return _drop_tiny(amplitude * torch.exp2(-codes / k), amplitude * torch.exp2(-(codes + 0.5) / k))
+    return amplitude * torch.exp2(-codes / k), amplitude * torch.exp2(-(codes + 0.5) / k)
+
+
+def _powers(amplitude: float | Tensor, p: float | Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """A (q/L)^p for q = 1 ... L, and where each begins when rounding in the root."""
+    largest = 2 ** (bits - 1) - 1
+    codes = _codes(largest) + 1
+    return amplitude * (codes / largest) ** p, amplitude * ((codes - 0.5) / largest) ** p
 
 
 def _both_signs(magnitudes: Tensor, lower_edges: Tensor, *, has_zero: bool) -> tuple[Tensor, Tensor]:
-    """Levels and boundaries of a quantizer with odd symmetry, from ascending magnitudes [n] and where each begins [n].
+    """Levels and boundaries of a quantizer with odd symmetry, from ascending magnitudes and where each begins.
 
     Without a zero level, zero goes to the smallest positive magnitude: a sign bit has no third state.
     """
-    magnitudes, lower_edges = _drop_tiny(magnitudes, lower_edges)
+    zero = torch.zeros_like(magnitudes[..., :1])
     if has_zero:
-        levels = torch.cat([-magnitudes.flip(0), magnitudes.new_zeros(1), magnitudes])
-        return levels, torch.cat([_mirror(lower_edges), lower_edges])
-    levels = torch.cat([-magnitudes.flip(0), magnitudes])
-    return levels, torch.cat([_mirror(lower_edges[1:]), lower_edges.new_tensor([-_ZERO]), lower_edges[1:]])
+        levels = torch.cat([-magnitudes.flip(-1), zero, magnitudes], dim=-1)
+        return levels, torch.cat([_mirror(lower_edges), lower_edges], dim=-1)
+    levels = torch.cat([-magnitudes.flip(-1), magnitudes], dim=-1)
+    inner = lower_edges[..., 1:]
+    return levels, torch.cat([_mirror(inner), zero - _ZERO, inner], dim=-1)
+
+
+def _mixed(
+    negative: tuple[Tensor, Tensor],
+    positive: tuple[Tensor, Tensor],
+    edge: float | Tensor,
+    highest: float,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Levels and boundaries of `mix_quantizer`, from the magnitudes of both signs and where each begins."""
+    step = (highest - edge) / (2 ** (bits - 1) - 1)
+    uniform = edge + step * _codes(2 ** (bits - 1))
+    pieces = [  # levels, the boundaries between them, and the one to the next piece
+        (-negative[0].flip(-1), _mirror(negative[1][..., 1:]), torch.full_like(uniform[..., :1], -_ZERO)),
+        (positive[0], positive[1][..., 1:], uniform[..., :1]),
+        (uniform, uniform[..., :-1] + step / 2, uniform[..., :0]),
+    ]
+    pieces = [piece for piece in pieces if piece[0].numel()]
+    levels = torch.cat([levels for levels, _, _ in pieces], dim=-1)
+    return levels, torch.cat([part for _, inner, end in pieces for part in (inner, end)], dim=-1)
 
 
 def _drop_tiny(magnitudes: Tensor, lower_edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the magnitudes that float32 cannot hold as normal numbers (8-bit powers of two reach 2^-127)."""
+    """Without the magnitudes [n] that float32 cannot hold as normal numbers (8-bit powers of two reach 2^-127)."""
     keep = magnitudes >= _SMALLEST_LEVEL
     return magnitudes[keep], lower_edges[keep]
 
@@ -232,7 +283,7 @@ def _mirror(edges: Tensor) -> Tensor:
     A boundary belongs to its lower code, that is to the smaller magnitude above zero but to the larger one below it:
     one float32 further out, ties go to the smaller magnitude on both sides.
     """
-    return _next_below(-edges.float()).flip(0).double()
+    return _next_below(-edges.float()).flip(-1).double()
 
 
 def _next_below(values: Tensor) -> Tensor:
@@ -303,5 +354,6 @@ def largest_magnitude(features: Tensor) -> float:
     return features.abs().amax().item()
 
 
-def _limits(features: Tensor) -> tuple[float, float]:
+def limits(features: Tensor) -> tuple[float, float]:
+    """min E and max E."""
     return features.amin().item(), features.amax().item()

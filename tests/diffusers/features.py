@@ -186,9 +186,9 @@ def intact(model: nn.Module, unchanged: bool) -> Iterator[None]:
 
 
 def quantized_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the tensors of all quantized layers, by name."""
+    """Copies of the tensors of all quantized layers, by name; an adapter around a layer does not count."""
     return {
-        f"{name}.{key}": tensor.clone()
+        f"{name.removesuffix('.base_layer')}.{key}": tensor.clone()
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer)
         for key, tensor in layer.state_dict().items()

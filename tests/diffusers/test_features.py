@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.diffusers import features_caching, features_memory  # noqa: F401  (they register the features)
+from tests.diffusers import features_adapters, features_caching, features_memory  # noqa: F401  (they register the features)
 from tests.diffusers.features import FEATURES, Bench, Feature, Outcome, distance
 from tests.diffusers.tiny_pipelines import PIPELINES
 
