@@ -6,8 +6,10 @@ Marks: [P] stated in the QVD paper's abstract, [R] reconstructed, [O] ours where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,21 +17,35 @@ from torch import Tensor
 from qvd_core.errors import QVDError
 from qvd_core.temporal_codebook import (
     QUANTIZER_NAMES,
+    Codebooks,
     TemporalQuantizer,
     channel_quantizer,
     check_bits,
     check_features,
-    largest_magnitude,
+    limits,
     log2_quantizer,
+    logk_codebooks,
     logk_quantizer,
+    mix_between,
+    mix_codebooks,
     mix_quantizer,
+    power_codebooks,
     power_quantizer,
     uniform_quantizer,
 )
-from qvd_core.temporal_metrics import TemporalObjective, collision_rate, td_correlation, td_ratio, td_score
+from qvd_core.temporal_metrics import (
+    StackedWeights,
+    TemporalObjective,
+    collision_rate,
+    td_correlation,
+    td_ratio,
+    td_score,
+)
+from qvd_core.temporal_ranking import Ranking
 
 __all__ = [
     "QUANTIZER_NAMES",
+    "StackedWeights",
     "TemporalFit",
     "TemporalQuantizer",
     "channel_quantizer",
@@ -52,6 +68,8 @@ POWERS = tuple(tenth / 10 for tenth in range(10, 41))  # p = 1, 1.1, ... 4
 ZERO_SHARES = (0.0, 0.5)  # of logk's smallest magnitude
 EDGE_POINTS = 101  # of mix
 
+_SHORTLIST = 8  # of a grid, so many are judged by the objective itself
+
 
 @dataclass(frozen=True, eq=False)
 class TemporalFit:
@@ -68,7 +86,7 @@ class TemporalFit:
 
 
 def fit_temporal_quantizer(
-    features: Tensor, projection: Tensor | None = None, bits: int = 8, quantizer: str = "auto"
+    features: Tensor, projection: Tensor | StackedWeights | None = None, bits: int = 8, quantizer: str = "auto"
 ) -> TemporalFit:
     """The HiDi-TQ quantizer with the smallest objective on the finite set of features; needs no data [O].
 
@@ -77,6 +95,9 @@ def fit_temporal_quantizer(
     features: E [T, C], one row per sampler step, in sampling order. projection: P [N, C], all temporal projections
     stacked; None weighs all channels alike. quantizer: one of `QUANTIZER_NAMES` (searches its parameters only), or
     "auto" for the best of all. Everything returned is on the CPU; the same input always gives the same result.
+
+    Of each grid of parameters, all points are ranked by an estimate of the objective (see `Ranking`) and the first 8
+    are judged by the objective itself [O].
 
     Ranges come from all rows; where there are more than 128, candidates are compared on 128 of them. Only "channel" has
     parameters per channel, so that it can fit the given rows and yet fail between them: among others it is judged by a
@@ -90,76 +111,91 @@ def fit_temporal_quantizer(
     check_bits(bits)
     if quantizer != "auto" and quantizer not in QUANTIZER_NAMES:
         raise QVDError(f"unknown temporal quantizer {quantizer!r}: choose auto or one of {', '.join(QUANTIZER_NAMES)}.")
-    # The caller may be inside another default device, such as "meta" while a model loads.
-    with torch.device("cpu"), torch.no_grad():
-        objective = TemporalObjective(values, projection)
-        best = _search(values, bits, objective) if quantizer == "auto" else _best_of(quantizer, values, bits, objective)
-        report = objective.report(best)
+    with torch.no_grad():
+        search = _Search(values, bits, TemporalObjective(values, projection))
+        best = search.best_of_all() if quantizer == "auto" else search.best_of(quantizer)
+        report = search.objective.report(best)
     return TemporalFit(best, report.pop("objective"), report)
 
 
-def _best_of(name: str, values: Tensor, bits: int, objective: TemporalObjective) -> TemporalQuantizer:
-    """The best parameters of one quantizer for E [T, C]."""
-    return _better(_CANDIDATES[name](values, bits), objective, None, math.inf)[0]
+class _Search:
+    """The search for the best quantizer of E [T, C], float32 on the CPU."""
+
+    def __init__(self, features: Tensor, bits: int, objective: TemporalObjective) -> None:
+        self.objective = objective
+        self._features, self._bits = features, bits
+        self._lowest, self._highest = limits(features)
+        self._best: TemporalQuantizer | None = None
+        self._best_value = math.inf
+
+    def best_of(self, name: str) -> TemporalQuantizer:
+        """The best parameters of one quantizer."""
+        for candidate in self._candidates(name):
+            self._try(candidate)
+        assert self._best is not None  # every quantizer has at least one candidate
+        return self._best
+
+    def best_of_all(self) -> TemporalQuantizer:
+        """The best of all quantizers; the cheap ones come first: their value lets others be given up early."""
+        for name in QUANTIZER_NAMES:
+            if name != "channel":
+                self.best_of(name)
+            elif len(self._features) > 1:
+                twin = channel_quantizer(self._features[::2], self._bits)
+                self._try(channel_quantizer(self._features, self._bits), twin)
+        assert self._best is not None
+        return self._best
+
+    def _try(self, candidate: TemporalQuantizer, judged_by: TemporalQuantizer | None = None) -> None:
+        value = self.objective(judged_by or candidate, give_up_at=self._best_value)
+        if self._best is None or value < self._best_value:
+            self._best, self._best_value = candidate, value
+
+    def _candidates(self, name: str) -> Iterator[TemporalQuantizer]:
+        if name in _SINGLE:
+            yield _SINGLE[name](self._features, self._bits)
+        else:
+            yield from {"power": self._powers, "logk": self._logarithms, "mix": self._mixes}[name]()
+
+    def _powers(self) -> Iterator[TemporalQuantizer]:
+        amplitude, p = self._grid(self._amplitudes(), POWERS)
+        for point in self._first(power_codebooks(amplitude, p, self._bits)):
+            yield power_quantizer(amplitude[point].item(), p[point].item(), self._bits)
+
+    def _logarithms(self) -> Iterator[TemporalQuantizer]:
+        amplitude, k, zero_share = self._grid(self._amplitudes(), LOG_STEPS_PER_OCTAVE, ZERO_SHARES)
+        for point in self._first(logk_codebooks(amplitude, k, self._bits, zero_share)):
+            yield logk_quantizer(amplitude[point].item(), k[point].item(), self._bits, zero_share[point].item())
+
+    def _mixes(self) -> Iterator[TemporalQuantizer]:
+        highest = max(self._highest, 0.0)
+        points = EDGE_POINTS if highest > 0.0 else 1
+        (edge,) = self._grid([highest * point / (EDGE_POINTS - 1) for point in range(points)])
+        for point in self._first(mix_codebooks(self._lowest, self._highest, edge, self._bits)):
+            yield mix_between(self._lowest, self._highest, edge[point].item(), self._bits)
+
+    def _amplitudes(self) -> list[float]:
+        return [share * max(-self._lowest, self._highest) for share in AMPLITUDE_SHARES]
+
+    def _first(self, codebooks: Codebooks) -> list[int]:
+        """Which of a grid to judge by the objective, the most promising ones first."""
+        points: list[int] = self._ranking.estimate(codebooks).sort(stable=True).indices[:_SHORTLIST].tolist()
+        return points
+
+    @cached_property
+    def _ranking(self) -> Ranking:
+        return Ranking(self.objective)
+
+    @staticmethod
+    def _grid(*axes: Sequence[float]) -> tuple[Tensor, ...]:
+        """Every combination of the parameters: float64 [n] each."""
+        combinations = torch.tensor(list(product(*axes)), dtype=torch.float64, device="cpu")
+        return combinations.unbind(dim=1)
 
 
-def _search(values: Tensor, bits: int, objective: TemporalObjective) -> TemporalQuantizer:
-    """The best of all quantizers for E [T, C]."""
-    best: TemporalQuantizer | None = None
-    best_value = math.inf
-    for name in QUANTIZER_NAMES:
-        if name != "channel":
-            best, best_value = _better(_CANDIDATES[name](values, bits), objective, best, best_value)
-        elif len(values) > 1:
-            value = objective(channel_quantizer(values[::2], bits), give_up_at=best_value)
-            if value < best_value:
-                best, best_value = channel_quantizer(values, bits), value
-    assert best is not None
-    return best
-
-
-def _better(
-    candidates: Iterator[TemporalQuantizer],
-    objective: TemporalObjective,
-    best: TemporalQuantizer | None,
-    best_value: float,
-) -> tuple[TemporalQuantizer, float]:
-    """The best candidate and its value, or what was best before."""
-    for candidate in candidates:
-        value = objective(candidate, give_up_at=best_value)
-        if best is None or value < best_value:
-            best, best_value = candidate, value
-    assert best is not None  # every quantizer has at least one candidate
-    return best, best_value
-
-
-def _logk_candidates(features: Tensor, bits: int) -> Iterator[TemporalQuantizer]:
-    largest = largest_magnitude(features)
-    for k in LOG_STEPS_PER_OCTAVE:
-        for share in AMPLITUDE_SHARES:
-            for zero_share in ZERO_SHARES:
-                yield logk_quantizer(share * largest, k, bits, zero_share)
-
-
-def _power_candidates(features: Tensor, bits: int) -> Iterator[TemporalQuantizer]:
-    largest = largest_magnitude(features)
-    for p in POWERS:
-        for share in AMPLITUDE_SHARES:
-            yield power_quantizer(share * largest, p, bits)
-
-
-def _mix_candidates(features: Tensor, bits: int) -> Iterator[TemporalQuantizer]:
-    highest = max(features.amax().item(), 0.0)
-    for point in range(EDGE_POINTS if highest > 0.0 else 1):
-        yield mix_quantizer(features, highest * point / (EDGE_POINTS - 1), bits)
-
-
-# Searched in the order of QUANTIZER_NAMES, the cheap ones first: their value lets most others be given up early.
-_CANDIDATES: dict[str, Callable[[Tensor, int], Iterator[TemporalQuantizer]]] = {
-    "uniform": lambda features, bits: iter((uniform_quantizer(features, bits),)),
-    "channel": lambda features, bits: iter((channel_quantizer(features, bits),)),
-    "log2": lambda features, bits: iter((log2_quantizer(features, bits),)),
-    "power": _power_candidates,
-    "logk": _logk_candidates,
-    "mix": _mix_candidates,
+# These have no parameters to search.
+_SINGLE: dict[str, Callable[[Tensor, int], TemporalQuantizer]] = {
+    "uniform": uniform_quantizer,
+    "channel": channel_quantizer,
+    "log2": log2_quantizer,
 }

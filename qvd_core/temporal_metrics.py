@@ -9,7 +9,8 @@ Marks: [P] stated in the QVD paper's abstract, [R] reconstructed, [O] ours where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,9 +26,26 @@ _NO_VARIATION = 1e-14  # share of the energy: what float32 rounding alone leaves
 _SAME_DISTANCE = 1e-6  # two sets of distances without spread that agree this well are the same
 
 _SAMPLE_ROWS = 128  # a search compares its candidates on at most so many steps: as dense as long sampling runs
-_GRAM_BUDGET = 2 * 10**10  # multiply-adds to spend on an exact Gram matrix: about a second on one CPU core
+_ERROR_PARTS = 8  # a candidate that is given up has mostly shown its error on the first few rows
+_GRAM_BUDGET = 2 * 10**9  # multiply-adds to spend on an exact Gram matrix: about a tenth of a second on one CPU core
 _SKETCH_ROWS = 512
-_CHUNK_ELEMENTS = 2**24  # float32 copies of a large projection are made 64 MiB at a time
+_CHUNK_ELEMENTS = 2**22  # float32 copies of a large projection are made 16 MiB at a time
+
+
+@dataclass(frozen=True, eq=False)
+class StackedWeights:
+    """P [N, C] as the weights [N_i, C] it is stacked from; they are read once, one at a time, and not kept.
+
+    rows: N, the sum of all N_i, known before any of them is read. weights: of any float dtype, on any device.
+    """
+
+    rows: int
+    weights: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, *weights: Tensor) -> StackedWeights:
+        """Weights that are in memory anyway."""
+        return cls(sum(len(weight) for weight in weights), weights)
 
 
 def td_score(E: Tensor) -> float:
@@ -112,25 +130,41 @@ class TemporalObjective:
     features: E [T, C], float32, finite, not all zero. projection: P [N, C], or None for P = 1.
     Where E does not vary over time the error is divided by ||E Pᵀ||²; a P that maps E to zero is taken as 1.
     Of more than 128 steps, 128 evenly spaced ones stand for all, the first and the last among them.
+
+    sample: float32 [min(T, 128), C], those steps. differs: bool [rows of it - 1, C], see `adjacent_differences`.
     """
 
-    def __init__(self, features: Tensor, projection: Tensor | None) -> None:
+    def __init__(self, features: Tensor, projection: Tensor | StackedWeights | None) -> None:
         self._features = features
         self._scale = features.abs().amax()  # errors are taken relative to it: squares stay inside float32
         self._energy, self._reference = _reference_energy(features / self._scale, projection)
-        rows = torch.linspace(0, len(features) - 1, min(len(features), _SAMPLE_ROWS)).round().long()
-        self._sample = features[rows]
-        self._distances = pair_distances(self._sample)
-        self._differs = adjacent_differences(self._sample)
+        count = min(len(features), _SAMPLE_ROWS)
+        rows = torch.linspace(0, len(features) - 1, count, dtype=torch.float64, device="cpu").round().long()
+        self.sample = features[rows]
+        self._distances = pair_distances(self.sample)
+        self.differs = adjacent_differences(self.sample)
 
     def __call__(self, quantizer: Callable[[Tensor], Tensor], give_up_at: float = math.inf) -> float:
-        """The objective of E -> Ê [T, C]; where the error alone reaches `give_up_at`, just the error, a lower bound."""
-        quantized = quantizer(self._sample)
-        error = self._projected_error(self._sample, quantized)
-        if error >= give_up_at:
-            return error
-        correlation = distance_correlation(self._distances, pair_distances(quantized))
-        return error + _penalty(correlation, self._collisions(quantized))
+        """The objective of the elementwise E -> Ê [T, C]; where its error alone reaches `give_up_at`, a lower bound."""
+        error, parts = 0.0, []
+        for start in range(_ERROR_PARTS):
+            rows = self.sample[start::_ERROR_PARTS]
+            parts.append(quantizer(rows))
+            error += self._projected_error(rows, parts[-1], of=len(self.sample))
+            if error >= give_up_at:
+                return error
+        quantized = torch.empty_like(self.sample)
+        for start, part in enumerate(parts):
+            quantized[start::_ERROR_PARTS] = part
+        penalty = _penalty(1.0, self._collisions(quantized))
+        if error + penalty >= give_up_at:
+            return error + penalty
+        return error + penalty + _penalty(distance_correlation(self._distances, pair_distances(quantized)), 0.0)
+
+    def channel_weights(self) -> Tensor:
+        """What a squared error of 1 in each channel alone adds to the projected error: float64 [C]."""
+        energies = self._energy.of_channels(self.sample.shape[1])
+        return energies / (self._scale.double() ** 2 * len(self.sample) * self._reference / len(self._features))
 
     def report(self, quantizer: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The "objective" of E -> Ê [T, C] and its parts: "projected_error" (of all steps), "tdc", "col", and "tdr".
@@ -138,7 +172,7 @@ class TemporalObjective:
         "td_score" is that of the features.
         """
         error = self._projected_error(self._features, quantizer(self._features))
-        quantized = quantizer(self._sample)
+        quantized = quantizer(self.sample)
         distances = pair_distances(quantized)
         correlation, collisions = distance_correlation(self._distances, distances), self._collisions(quantized)
         return {
@@ -151,11 +185,14 @@ class TemporalObjective:
         }
 
     def _collisions(self, quantized: Tensor) -> float:
-        return _share(self._differs & (quantized[1:] == quantized[:-1]))
+        return _share(self.differs & (quantized[1:] == quantized[:-1]))
 
-    def _projected_error(self, features: Tensor, quantized: Tensor) -> float:
-        """||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||², both per step: of some of the steps it is an estimate of that of all."""
-        error = self._energy((quantized - features) / self._scale) / len(features)
+    def _projected_error(self, features: Tensor, quantized: Tensor, of: int | None = None) -> float:
+        """||(Ê-E)Pᵀ||² / ||(E-mean)Pᵀ||², both per step: of some of the steps it is an estimate of that of all.
+
+        of: the number of steps that `features` [T, C] are a part of; the parts add up.
+        """
+        error = self._energy((quantized - features) / self._scale) / (of or len(features))
         return error / (self._reference / len(self._features))
 
 
@@ -173,12 +210,14 @@ def _penalty(correlation: float, collisions: float) -> float:
     return CORRELATION_WEIGHT * (1.0 - correlation) + COLLISION_WEIGHT * collisions
 
 
-def _reference_energy(features: Tensor, projection: Tensor | None) -> tuple[_ProjectedEnergy, float]:
+def _reference_energy(features: Tensor, projection: Tensor | StackedWeights | None) -> tuple[_ProjectedEnergy, float]:
     """How to measure errors, and what to divide them by (see `TemporalObjective`)."""
-    centred = (features.double() - features.double().mean(dim=0)).float()
+    mean = features.mean(dim=0, dtype=torch.float64)
+    centred = (features.double() - mean).float()
     for candidate in (projection, None):
         energy = _ProjectedEnergy(candidate, features.shape[1])
-        total, over_time = energy(features), energy(centred)
+        over_time = energy(centred)
+        total = over_time + len(features) * energy(mean.float()[None])
         if over_time > _NO_VARIATION * total:
             return energy, over_time
         if total > 0.0:
@@ -190,70 +229,85 @@ class _ProjectedEnergy:
     """||D Pᵀ||² for many D [T, C] and one P [N, C] (None: P = 1), reduced to what that takes once.
 
     A P of up to C rows is kept; a taller one becomes its Gram matrix PᵀP, since ||D Pᵀ||² = tr(D PᵀP Dᵀ). Where that
-    costs too much, a random sketch stands in for P: an unbiased estimate, within a few per cent.
+    costs too much, a random sketch stands in for P: an unbiased estimate, within a few per cent. [O]
     """
 
-    def __init__(self, projection: Tensor | None, channels: int) -> None:
+    def __init__(self, projection: Tensor | StackedWeights | None, channels: int) -> None:
         self._gram: Tensor | None = None
         self._rows: Tensor | None = None
         if projection is None:
             return
-        if projection.dim() != 2 or projection.shape[1] != channels or len(projection) == 0:
-            raise QVDError(
-                f"projection has shape {tuple(projection.shape)}, expected [N, {channels}]: "
-                "stack the weights of the layers that read these features."
-            )
-        if len(projection) * channels**2 > _GRAM_BUDGET:
-            projection = _sketch(projection, _SKETCH_ROWS)
-        if len(projection) > channels:
-            self._gram = _gram_matrix(projection)
-            finite = torch.isfinite(self._gram).all()
+        if isinstance(projection, Tensor):
+            _check_projection(projection, channels)
+            projection = StackedWeights.of(projection)
+        if projection.rows * channels**2 > _GRAM_BUDGET and projection.rows > _SKETCH_ROWS:
+            self._rows = _sketch(projection, channels)
+        elif projection.rows > channels:
+            self._gram = _gram_matrix(projection, channels)
         else:
-            self._rows = projection.detach().float().cpu()
-            finite = torch.isfinite(self._rows).all()
-        if not finite:
+            self._rows = torch.cat([chunk.cpu() for chunk in _float_chunks(projection, channels)])
+        reduced = self._rows if self._gram is None else self._gram
+        if reduced is not None and not torch.isfinite(reduced).all():
             raise QVDError("projection holds NaN or infinity: load the weights again, in bfloat16 or float32.")
 
     def __call__(self, difference: Tensor) -> float:
         """||D Pᵀ||² of `difference` D [T, C], float32 on the CPU."""
         if self._gram is not None:
-            return max(0.0, ((difference @ self._gram) * difference).double().sum().item())
+            return max(0.0, ((difference @ self._gram) * difference).sum(dtype=torch.float64).item())
         if self._rows is not None:
             difference = difference @ self._rows.T
-        return difference.double().square().sum().item()
+        return difference.square().sum(dtype=torch.float64).item()
+
+    def of_channels(self, channels: int) -> Tensor:
+        """||D Pᵀ||² of a unit D in each channel: float64 [C]."""
+        if self._gram is not None:
+            return self._gram.diagonal().double()
+        if self._rows is not None:
+            return self._rows.square().sum(dim=0, dtype=torch.float64)
+        return torch.ones(channels, dtype=torch.float64, device="cpu")
 
 
-def _gram_matrix(projection: Tensor) -> Tensor:
+def _gram_matrix(projection: StackedWeights, channels: int) -> Tensor:
     """PᵀP [C, C] of P [N, C] in float32, on the CPU; chunk by chunk on the device where P lies."""
-    channels = projection.shape[1]
-    gram = torch.zeros(channels, channels, dtype=torch.float64)
-    for chunk in _float_chunks(projection):
+    gram = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
+    for chunk in _float_chunks(projection, channels):
         gram += (chunk.T @ chunk).cpu()
     return gram.float()
 
 
-def _sketch(projection: Tensor, rows: int) -> Tensor:
-    """CountSketch of P [N, C]: R [rows, C] with E||D Rᵀ||² = ||D Pᵀ||², in one pass over P.
+def _sketch(projection: StackedWeights, channels: int) -> Tensor:
+    """CountSketch of P [N, C]: R [rows, C] with E||D Rᵀ||² = ||D Pᵀ||², on the CPU, in one pass over P. [O]
 
     Each row of P is added, with a random sign, to a random row of R.
     """
     generator = torch.Generator().manual_seed(0)
-    target = torch.randint(rows, (len(projection),), generator=generator).to(projection.device)
-    sign = torch.randint(2, (len(projection), 1), generator=generator).float().to(projection.device) * 2 - 1
-    sketch = torch.zeros(rows, projection.shape[1], dtype=torch.float32, device=projection.device)
+    target = torch.randint(_SKETCH_ROWS, (projection.rows,), generator=generator, device="cpu")
+    sign = torch.randint(2, (projection.rows, 1), generator=generator, device="cpu").float() * 2 - 1
+    sketch = torch.zeros(_SKETCH_ROWS, channels, dtype=torch.float32, device="cpu")
     done = 0
-    for chunk in _float_chunks(projection):
+    for chunk in _float_chunks(projection, channels):
+        sketch = sketch.to(chunk.device)  # weights mostly lie on one device
         part = slice(done, done + len(chunk))
-        sketch.index_add_(0, target[part], chunk * sign[part])
+        sketch.index_add_(0, target[part].to(chunk.device), chunk * sign[part].to(chunk.device))
         done += len(chunk)
-    return sketch
+    return sketch.cpu()
 
 
-def _float_chunks(projection: Tensor) -> Iterator[Tensor]:
+def _float_chunks(projection: StackedWeights, channels: int) -> Iterator[Tensor]:
     """The rows of P [N, C] in float32, a bounded number at a time."""
-    rows = max(1, _CHUNK_ELEMENTS // projection.shape[1])
-    for start in range(0, len(projection), rows):
-        yield projection[start : start + rows].detach().float()
+    rows = max(1, _CHUNK_ELEMENTS // channels)
+    for weight in projection.weights:
+        _check_projection(weight, channels)
+        for start in range(0, len(weight), rows):
+            yield weight[start : start + rows].detach().float()
+
+
+def _check_projection(weight: Tensor, channels: int) -> None:
+    if weight.dim() != 2 or weight.shape[1] != channels or len(weight) == 0:
+        raise QVDError(
+            f"projection has shape {tuple(weight.shape)}, expected [N, {channels}]: "
+            "stack the weights of the layers that read these features."
+        )
 
 
 def _share(mask: Tensor) -> float:

@@ -6,9 +6,20 @@ from qvd_core.spec import QuantSpec
 from qvd_diffusers.attention import set_attention
 from qvd_diffusers.config import QVDConfig
 from qvd_diffusers.pipeline import calibrate
+from qvd_diffusers.quantize import quantize
 from qvd_diffusers.quantizer import QVDQuantizer
 from qvd_diffusers.registration import register
 
-__all__ = ["QVDConfig", "QVDError", "QVDQuantizer", "QuantSpec", "Scales", "calibrate", "register", "set_attention"]
+__all__ = [
+    "QVDConfig",
+    "QVDError",
+    "QVDQuantizer",
+    "QuantSpec",
+    "Scales",
+    "calibrate",
+    "quantize",
+    "register",
+    "set_attention",
+]
 
 register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -26,6 +27,8 @@ except ImportError:  # transformers is optional: without it there is no text enc
     class _TransformersConfigMixin:  # type: ignore[no-redef]
         """Stands in for the base class that only transformers asks for."""
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Version of the entry written to config.json; raised when an older reader would compute something else."""
@@ -236,7 +239,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         if module_name is None or module_name not in (self.components or DENOISERS):
             return None
         if not is_diffusers:
-            raise QVDError(text_encoder_refusal(module_name))
+            return self._for_text_encoder(module_name)
         config = self.copy()
         if isinstance(self.scales, Mapping):
             if module_name not in self.scales:
@@ -247,13 +250,31 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
             config.scales = self.scales[module_name]
         return config
 
+    def _for_text_encoder(self, name: str) -> QVDConfig:
+        """What this config says about a text encoder: calibrated settings are about the denoisers beside it."""
+        if isinstance(self.scales, Mapping) and name in self.scales:
+            raise QVDError(
+                f"scales are given for {name}, a text encoder, which is quantized without any: leave them out."
+            )
+        config = self.copy()
+        if self.spec.is_static:
+            logger.info(
+                "%s is a text encoder: one dynamic activation scale per token, not activation=%r.",
+                name,
+                self.activation,
+            )
+        config.scales, config.auto_keep, config.attention = None, None, None
+        config.activation, config.rounding, config.rotate = "token", "auto", False
+        return config
+
 
 def text_encoder_refusal(component: str | None = None) -> str:
-    """The one message for every way in which a transformers model can be asked for."""
+    """The one message for a transformers model that is in memory already, where only denoisers can be quantized."""
     subject = f"component {component!r}" if component else "this component"
     return (
-        f"{subject} is a transformers model, and QVD quantizes only the denoiser of a pipeline. "
-        "Leave it out: pass QVDConfig() itself, or name the denoiser, e.g. components_to_quantize=['transformer']."
+        f"{subject} is a transformers model, and QVD quantizes those only while they are loaded: pass "
+        "quantization_config=QVDConfig() to its from_pretrained, or name it in the pipeline's "
+        "QVDConfig(components=...)."
     )
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qvd_core.errors import QVDError
 
 _MAPS = Path("/proc/self/maps")
 
@@ -24,19 +26,28 @@ class OneByOne(dict[str, Tensor]):
 
     The placeholders are on the meta device, so that casting one costs nothing: diffusers casts every tensor before a
     quantizer sees it, and what is quantized must not be cast. After its turn a tensor is forgotten.
+
+    begun: until this is True, it is an ordinary dict, in which tensors can be renamed.
     """
 
-    def __init__(self, state_dict: dict[str, Tensor]):
+    def __init__(self, state_dict: dict[str, Tensor], begun: bool = True):
         super().__init__(state_dict)
-        self._mappings = _file_mappings()
+        self.begun = begun
+        self._mappings = _file_mappings(state_dict.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as stored; where it is mapped from a file, through a mapping of its own."""
-        tensor = super().__getitem__(name)
-        return _mapped_alone(tensor, self._mappings) if self._mappings else tensor
+        """The tensor as stored; where it is mapped from a file, through a mapping of its own.
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]  # a loader only goes through it
+        Raises QVDError when the file was written to since: what would be read then belongs to no checkpoint at all.
+        """
+        tensor = super().__getitem__(name)
+        return _mapped_alone(tensor, self._mappings) if self.begun and self._mappings else tensor
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:  # type: ignore[override]  # a loader only goes through it
         """Name and placeholder of every tensor, in order."""
+        return self._placeholders() if self.begun else super().items()
+
+    def _placeholders(self) -> Iterator[tuple[str, Tensor]]:
         for name in list(self):
             stored = super().__getitem__(name)
             yield name, torch.empty(stored.shape, dtype=stored.dtype, device="meta")
@@ -45,39 +56,60 @@ class OneByOne(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class _Mapping:
-    """A part [start, end) of this process's addresses, where `path` is mapped from `offset` on."""
+    """A part [start, end) of this process's addresses, where `path` is mapped from `offset` on.
+
+    file: its device and inode. written: its size and the time it was last written to.
+    """
 
     start: int
     end: int
     offset: int
     path: str
+    file: tuple[int, int]
+    written: tuple[int, int] = (0, 0)
 
 
-def _file_mappings() -> list[_Mapping]:
-    """This process's private file mappings in ascending order; empty where the system does not list them."""
+def _file_mappings(tensors: Iterable[Tensor]) -> list[_Mapping]:
+    """This process's private mappings of files that hold one of `tensors`, in ascending order.
+
+    Empty where the system does not list mappings. What the files are called does not matter: the cache of the Hub names
+    them by their hash.
+    """
     try:
         lines = _MAPS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
-    found = []
-    for line in lines:
-        addresses, access, offset, device, inode, *path = line.split(maxsplit=5)
-        if path and access.endswith("p") and inode != "0" and _is_file(path[0], device, int(inode)):
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            found.append(_Mapping(start, end, int(offset, 16), path[0]))
-    return found
+    known = [mapping for line in lines if (mapping := _parsed(line)) is not None]
+    starts = [mapping.start for mapping in known]
+    places = {bisect_right(starts, tensor.data_ptr()) - 1 for tensor in tensors if tensor.device.type == "cpu"}
+    return [found for place in sorted(places) if place >= 0 and (found := _as_written(known[place])) is not None]
 
 
-def _is_file(path: str, device: str, inode: int) -> bool:
-    """Whether `path` still names the file that was mapped, and is a checkpoint at all."""
-    if not path.endswith(".safetensors"):
-        return False
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
+def _parsed(line: str) -> _Mapping | None:
+    """One line of the system's list; None for memory that is no file, or shared with other processes."""
+    addresses, access, offset, device, inode, *path = line.split(maxsplit=5)
+    if not path or not access.endswith("p") or inode == "0":
+        return None
+    start, end = (int(address, 16) for address in addresses.split("-"))
     major, minor = (int(number, 16) for number in device.split(":"))
-    return status.st_ino == inode and (os.major(status.st_dev), os.minor(status.st_dev)) == (major, minor)
+    return _Mapping(start, end, int(offset, 16), path[0], (os.makedev(major, minor), int(inode)))
+
+
+def _as_written(mapping: _Mapping) -> _Mapping | None:
+    """`mapping` with what its file is like now; None when its path names another file by now, or none."""
+    try:
+        status = os.stat(mapping.path)
+    except OSError:
+        return None
+    return replace(mapping, written=_written(status)) if _file(status) == mapping.file else None
+
+
+def _file(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _mapped_alone(tensor: Tensor, mappings: list[_Mapping]) -> Tensor:
@@ -93,8 +125,18 @@ def _mapped_alone(tensor: Tensor, mappings: list[_Mapping]) -> Tensor:
         return tensor
     try:
         with open(mapping.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if _file(status) != mapping.file:  # replaced: the old file lives on where it is mapped
+                return tensor
+            _refuse_written(mapping, status)
             pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=position - before)
-    except (OSError, ValueError):
+    except OSError:
         return tensor
     own = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=before)
     return own.view(tensor.shape)
+
+
+def _refuse_written(mapping: _Mapping, status: os.stat_result) -> None:
+    """Raise QVDError when the file changed since: reading what was cut off would end the process."""
+    if _written(status) != mapping.written:
+        raise QVDError(f"{mapping.path} was written to while it was being loaded: load it again.")

@@ -1,8 +1,9 @@
 """`QVDQuantizer`: the lifecycle of a QVD model inside diffusers' loader. The arithmetic is in `qvd_core`.
 
-Two ways through the hooks, in the order diffusers calls them:
+Ways through the hooks, in the order diffusers calls them:
     quantize while loading    plan the skeleton, quantize each layer as its float tensors arrive, fit the temporal codes
     load a quantized model    rebuild the skeleton from the plan in config.json, take every tensor as it is stored
+    leave a model as it is    a component that no one named, loaded as if there were no quantization config
 Every tensor of the checkpoint is claimed, because diffusers would cast int8 and float32 tensors to its own type.
 """
 
@@ -18,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from qvd_core.checkpoint import plan_of
 from qvd_core.checks import check_finite
 from qvd_core.convert import dequantize_model, fit_temporal_layers, install_layers
 from qvd_core.encode import Encoding
@@ -27,8 +29,10 @@ from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict
 from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.attention import AUTO, apply_attention, require_backend, restore_attention
+from qvd_diffusers.backend_name import is_denoiser, made_from_name
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.mapped import OneByOne
+from qvd_diffusers.single_file import SingleFile, recorded_config
 from qvd_diffusers.streaming import (
     Device,
     Encoder,
@@ -61,7 +65,13 @@ class QVDQuantizer(DiffusersQuantizer):
         # The user's object stays as it is: one config may be loading several models.
         super().__init__(quantization_config.copy(), **kwargs)
         self.spec = self.quantization_config.spec
+        self._for_every_component = made_from_name(quantization_config)
+        self._leaves_float = False
+        self._asked_dtype: torch.dtype | None = None
         self._dtype = torch.float32
+        self._single_file: SingleFile | None = None
+        self._skeleton_made = False
+        self._keeps_stored_types = False
         self._plan: dict[str, LayerPlan] = {}
         self._encoder: Encoder | None = None
         self._in_checkpoint: list[str] | None = None
@@ -94,6 +104,7 @@ class QVDQuantizer(DiffusersQuantizer):
         """Never None: for None diffusers casts float weights to the type of the int8 placeholder, that is to zeros."""
         recorded = self.quantization_config.compute_dtype
         assert recorded is None or isinstance(recorded, torch.dtype)
+        self._asked_dtype = torch_dtype
         self._dtype = torch_dtype or recorded or torch.float32
         return self._dtype
 
@@ -107,21 +118,27 @@ class QVDQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Read the tensors of a file one at a time; `from_single_file` first renames them and gets them as they are."""
-        return OneByOne(state_dict) if self._plan else state_dict
+        """Read the tensors of a file one at a time. `from_single_file` calls this first of all, and then may rename."""
+        if self._skeleton_made:
+            return OneByOne(state_dict)
+        self._single_file = SingleFile(state_dict)
+        return self._single_file.shown
 
     # The skeleton
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+        self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Swap the planned layers of the empty model for empty quantized ones.
 
         state_dict: only given by `from_single_file`, which also says "pre-quantized" of every file.
         """
+        self._skeleton_made = True
         if state_dict is not None:
-            self._in_checkpoint = list(state_dict)
-            self._judge_single_file(state_dict)
+            self._open_single_file(model, state_dict)
+        if self._for_every_component and not self.pre_quantized and not is_denoiser(model):
+            self._leave_float(model)
+            return
         if self.pre_quantized:
             self._plan = self._recorded_plan()
         else:
@@ -132,14 +149,25 @@ class QVDQuantizer(DiffusersQuantizer):
         if self._in_checkpoint is not None:
             self._expect(model, self._in_checkpoint)
 
-    def _judge_single_file(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.pre_quantized = False
-        codes = [name for name, tensor in state_dict.items() if tensor.dtype == torch.int8]
-        if codes:
-            raise QVDError(
-                f"{codes[0]} is int8: from_single_file reads full-precision files. "
-                "Load a quantized model with from_pretrained from the folder it was saved to."
-            )
+    def _open_single_file(self, model: Any, state_dict: dict[str, Tensor]) -> None:
+        """Find out whether the file is quantized; then take its tensors and its settings as they were saved."""
+        file, self._single_file = self._single_file or SingleFile.already_renamed(state_dict), None
+        self.pre_quantized = file.is_quantized
+        if self.pre_quantized:
+            asked = self.quantization_config
+            self.quantization_config = recorded_config(model, asked, file)
+            self.spec = self.quantization_config.spec
+            if self._asked_dtype is None:
+                # diffusers casts to a type chosen before config.json was read; the file has the recorded one.
+                self._keeps_stored_types = True
+                self.update_torch_dtype(None)
+            file.restore(state_dict)
+        file.begin()
+        self._in_checkpoint = list(state_dict)
+
+    def _leave_float(self, model: nn.Module) -> None:
+        logger.warning("%s is no video denoiser: QVD leaves it in full precision.", type(model).__name__)
+        self._leaves_float = True
 
     def _recorded_plan(self) -> dict[str, LayerPlan]:
         if not self.quantization_config.layers:
@@ -147,9 +175,10 @@ class QVDQuantizer(DiffusersQuantizer):
         return plan_from_dict(self.quantization_config.layers)
 
     def _prepare_encoder(self, model: nn.Module) -> None:
+        refuse_image_unet(model)
         scales = self.quantization_config.load_scales()
         if scales is not None:
-            _warn_of_other_settings(scales.spec, self.spec)
+            warn_of_other_settings(scales.spec, self.spec)
         encoding = Encoding.of(model, self.spec, scales)
         self._plan = dict(encoding.plan)
         modules = dict(model.named_modules())
@@ -189,6 +218,8 @@ class QVDQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Tensors that quantization adds are not missing from a float checkpoint."""
+        if self._leaves_float:
+            return missing_keys
         if self._in_checkpoint is None:  # older versions of diffusers do not show the names any sooner
             self._in_checkpoint = sorted(set(model.state_dict()) - set(missing_keys))
             self._expect(model, self._in_checkpoint)
@@ -219,17 +250,21 @@ class QVDQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Take one tensor of the checkpoint from `state_dict`; `param_value` says to which type diffusers casts it."""
-        self._refuse_unplanned(unexpected_keys or ())
         layer, suffix = split_name(param_name)
         module = model.get_submodule(layer)
         stored = state_dict[param_name]
+        if self._leaves_float:
+            dtype = stored_tensors(module)[suffix].dtype if self._asked_dtype is None else param_value.dtype
+            place(module, suffix, stored.to(dtype), target_device)
+            return
+        self._refuse_unplanned(unexpected_keys or ())
         if layer not in self._plan:
             if self._encoder is not None:
                 check_finite(param_name, stored)
                 value = self._encoder.encoding.edit(param_name, stored.to(param_value.dtype))
             else:
                 check_stored_values(stored, param_name)
-                value = stored.to(param_value.dtype)
+                value = stored if self._keeps_stored_types else stored.to(param_value.dtype)
             place(module, suffix, value, target_device)
         elif self._encoder is None:
             check_stored_values(stored, param_name)
@@ -255,33 +290,63 @@ class QVDQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Write the result into the model's config: what `save_pretrained` then makes loads by itself."""
+        if self._leaves_float:
+            model.is_quantized = False
+            forget_quantization(model)
+            return model
         if self._outstanding:
             names = enumerate_names(self._outstanding)
             raise QVDError(f"{names} never arrived: the checkpoint is incomplete, download or save it again.")
         if self._encoder is not None:
             logger.info("%s: %d layers quantized to int8.", type(model).__name__, len(self._plan))
+        self._encoder = None
+        self._write_into(model)
+        return model
+
+    def adopt(self, model: Any, dtype: torch.dtype) -> None:
+        """Make of a model that was quantized in memory, and computes in `dtype`, what loading would have made of it."""
+        self.pre_quantized = False
+        self._plan, self._dtype = plan_of(model), dtype
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        model.hf_quantizer = self
+        self._write_into(model)
+
+    def _write_into(self, model: Any) -> None:
         config = self.quantization_config
         config.layers = plan_to_dict(self._plan)
         config.compute_dtype = self._dtype
         config.scales = None
         config.components = None
-        self._encoder = None
         # An attribute of the config would be lost on saving; only registered entries are written.
         model.register_to_config(quantization_config=config)
         if config.attention is not None:
             (restore_attention if self.pre_quantized else apply_attention)(model, config.attention)
-        return model
 
     def _dequantize(self, model: Any) -> Any:
         """Back to float layers; the config entry goes, or the saved float model would be taken for a quantized one."""
         dequantize_model(model)
-        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = FrozenDict(entries)
-        model.quantization_method = None
+        forget_quantization(model)
         return model
 
 
-def _warn_of_other_settings(calibrated: QuantSpec, wanted: QuantSpec) -> None:
+def forget_quantization(model: Any) -> None:
+    """Take the entry out of a diffusers model's config."""
+    entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    model._internal_dict = FrozenDict(entries)
+    model.quantization_method = None
+
+
+def refuse_image_unet(model: nn.Module) -> None:
+    """AnimateDiff makes its video UNet from an image UNet and a motion adapter, when both are loaded."""
+    if type(model).__name__ == "UNet2DConditionModel":
+        raise QVDError(
+            "UNet2DConditionModel is an image model, and QVD quantizes video models. For AnimateDiff, load the "
+            "pipeline with its motion_adapter, without quantization_config; then qvd_diffusers.quantize(pipe, config)."
+        )
+
+
+def warn_of_other_settings(calibrated: QuantSpec, wanted: QuantSpec) -> None:
     """Scales work for other settings than they were searched for, only less well; silence would hide that."""
     differing = [name for name in _SEARCHED_FOR if getattr(calibrated, name) != getattr(wanted, name)]
     if differing:
