@@ -68,7 +68,10 @@ POWERS = tuple(tenth / 10 for tenth in range(10, 41))  # p = 1, 1.1, ... 4
 ZERO_SHARES = (0.0, 0.5)  # of logk's smallest magnitude
 EDGE_POINTS = 101  # of mix
 
-_SHORTLIST = 8  # of a grid, so many are judged by the objective itself
+# So many of a grid are judged by the objective itself; more where few levels leave errors that do not cancel.
+_SHORTLIST = 8
+_LONG_SHORTLIST, _FEW_BITS = 32, 4
+_HOPELESS = 3.0  # times the best value so far: a kind whose first candidate is worse is left
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +99,9 @@ def fit_temporal_quantizer(
     stacked; None weighs all channels alike. quantizer: one of `QUANTIZER_NAMES` (searches its parameters only), or
     "auto" for the best of all. Everything returned is on the CPU; the same input always gives the same result.
 
-    Of each grid of parameters, all points are ranked by an estimate of the objective (see `Ranking`) and the first 8
-    are judged by the objective itself [O].
+    Of each grid of parameters, all points are ranked by an estimate of the objective (see `Ranking`); the first 8 (up
+    to 4 bits: 32) are judged by the objective itself; "auto" leaves a kind whose first is three times worse than the
+    best so far [O].
 
     Ranges come from all rows; where there are more than 128, candidates are compared on 128 of them. Only "channel" has
     parameters per channel, so that it can fit the given rows and yet fail between them: among others it is judged by a
@@ -130,8 +134,11 @@ class _Search:
 
     def best_of(self, name: str) -> TemporalQuantizer:
         """The best parameters of one quantizer."""
-        for candidate in self._candidates(name):
-            self._try(candidate)
+        hopeless = _HOPELESS * self._best_value
+        for number, candidate in enumerate(self._candidates(name)):
+            value = self._try(candidate, give_up_at=self._best_value if number else hopeless)
+            if number == 0 and value >= hopeless:
+                break
         assert self._best is not None  # every quantizer has at least one candidate
         return self._best
 
@@ -142,14 +149,18 @@ class _Search:
                 self.best_of(name)
             elif len(self._features) > 1:
                 twin = channel_quantizer(self._features[::2], self._bits)
-                self._try(channel_quantizer(self._features, self._bits), twin)
+                self._try(channel_quantizer(self._features, self._bits), self._best_value, judged_by=twin)
         assert self._best is not None
         return self._best
 
-    def _try(self, candidate: TemporalQuantizer, judged_by: TemporalQuantizer | None = None) -> None:
-        value = self.objective(judged_by or candidate, give_up_at=self._best_value)
+    def _try(
+        self, candidate: TemporalQuantizer, give_up_at: float, judged_by: TemporalQuantizer | None = None
+    ) -> float:
+        """Its objective, where that reaches `give_up_at` a lower bound; the best so far is kept."""
+        value = self.objective(judged_by or candidate, give_up_at)
         if self._best is None or value < self._best_value:
             self._best, self._best_value = candidate, value
+        return value
 
     def _candidates(self, name: str) -> Iterator[TemporalQuantizer]:
         if name in _SINGLE:
@@ -179,7 +190,8 @@ class _Search:
 
     def _first(self, codebooks: Codebooks) -> list[int]:
         """Which of a grid to judge by the objective, the most promising ones first."""
-        points: list[int] = self._ranking.estimate(codebooks).sort(stable=True).indices[:_SHORTLIST].tolist()
+        count = _LONG_SHORTLIST if self._bits <= _FEW_BITS else _SHORTLIST
+        points: list[int] = self._ranking.estimate(codebooks).sort(stable=True).indices[:count].tolist()
         return points
 
     @cached_property

@@ -173,8 +173,8 @@ def uniform_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
 def channel_quantizer(features: Tensor, bits: int) -> TemporalQuantizer:
     """Uniform per channel [O]: 2^b levels from the channel's min to its max over the T steps of `features` E [T, C]."""
     check_bits(bits)
-    values = check_features(features).double()
-    lowest, highest = values.amin(dim=0), values.amax(dim=0)
+    values = check_features(features)
+    lowest, highest = values.amin(dim=0).double(), values.amax(dim=0).double()
     gain = ((highest - lowest) / (2**bits - 1)).float()
     gain = gain.clamp(min=_ZERO)  # a channel that never changes: every code decodes to its one value
     levels = _codes(2**bits)
@@ -320,9 +320,10 @@ def check_features(features: Tensor) -> Tensor:
             "stack one row per sampler step, at least one."
         )
     values = features.detach().float().cpu()
-    if not torch.isfinite(values).all():
+    lowest, highest = limits(values)
+    if not math.isfinite(highest - lowest):  # NaN goes through the limits
         raise QVDError("temporal features hold NaN or infinity: compute the timestep embedding in float32.")
-    if values.abs().amax() < _SMALLEST_AMPLITUDE:
+    if max(-lowest, highest) < _SMALLEST_AMPLITUDE:
         raise QVDError(
             "temporal features are all zero, as if nothing had been recorded: "
             "record them while sampling, or leave these layers in full precision."
@@ -356,4 +357,5 @@ def largest_magnitude(features: Tensor) -> float:
 
 def limits(features: Tensor) -> tuple[float, float]:
     """min E and max E."""
-    return features.amin().item(), features.amax().item()
+    lowest, highest = features.aminmax()
+    return lowest.item(), highest.item()

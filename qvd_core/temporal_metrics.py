@@ -26,7 +26,9 @@ _NO_VARIATION = 1e-14  # share of the energy: what float32 rounding alone leaves
 _SAME_DISTANCE = 1e-6  # two sets of distances without spread that agree this well are the same
 
 _SAMPLE_ROWS = 128  # a search compares its candidates on at most so many steps: as dense as long sampling runs
-_ERROR_PARTS = 8  # a candidate that is given up has mostly shown its error on the first few rows
+_STRIDE = 32  # a candidate that is given up has mostly shown its error on every 32nd row, or on a few times as many
+_PART_STARTS = (range(1), range(1, 8), range(8, _STRIDE))
+_SMALL = 2**14  # elements that are as quickly done at once
 _GRAM_BUDGET = 2 * 10**9  # multiply-adds to spend on an exact Gram matrix: about a tenth of a second on one CPU core
 _SKETCH_ROWS = 512
 _CHUNK_ELEMENTS = 2**22  # float32 copies of a large projection are made 16 MiB at a time
@@ -141,21 +143,19 @@ class TemporalObjective:
         count = min(len(features), _SAMPLE_ROWS)
         rows = torch.linspace(0, len(features) - 1, count, dtype=torch.float64, device="cpu").round().long()
         self.sample = features[rows]
+        self._parts = _spread_parts(*self.sample.shape)
         self._distances = pair_distances(self.sample)
         self.differs = adjacent_differences(self.sample)
 
     def __call__(self, quantizer: Callable[[Tensor], Tensor], give_up_at: float = math.inf) -> float:
         """The objective of the elementwise E -> Ê [T, C]; where its error alone reaches `give_up_at`, a lower bound."""
-        error, parts = 0.0, []
-        for start in range(_ERROR_PARTS):
-            rows = self.sample[start::_ERROR_PARTS]
-            parts.append(quantizer(rows))
-            error += self._projected_error(rows, parts[-1], of=len(self.sample))
+        error, quantized = 0.0, torch.empty_like(self.sample)
+        for rows in self._parts:
+            values = self.sample[rows]
+            quantized[rows] = decoded = quantizer(values)
+            error += self._projected_error(values, decoded, of=len(self.sample))
             if error >= give_up_at:
                 return error
-        quantized = torch.empty_like(self.sample)
-        for start, part in enumerate(parts):
-            quantized[start::_ERROR_PARTS] = part
         penalty = _penalty(1.0, self._collisions(quantized))
         if error + penalty >= give_up_at:
             return error + penalty
@@ -194,6 +194,14 @@ class TemporalObjective:
         """
         error = self._energy((quantized - features) / self._scale) / (of or len(features))
         return error / (self._reference / len(self._features))
+
+
+def _spread_parts(steps: int, channels: int) -> list[Tensor]:
+    """Row numbers [T] in a few parts, small ones first, each evenly spread over the steps."""
+    rows = torch.arange(steps, device="cpu")
+    if steps < _STRIDE or steps * channels <= _SMALL:
+        return [rows]
+    return [torch.cat([rows[start::_STRIDE] for start in starts]) for starts in _PART_STARTS]
 
 
 def _score(distances: Tensor) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from qvd_core.families import find_family
 from qvd_diffusers.config import QVDConfig
 
 _NAMES_OF_DENOISERS = ("Transformer", "UNet")
@@ -40,9 +39,8 @@ class BackendConfig(QVDConfig, metaclass=_StandsForEveryConfig):
 
 
 def is_denoiser(model: nn.Module) -> bool:
-    """Whether a component that no one named is worth quantizing: a known family, or a transformer or UNet by name."""
-    name = type(model).__name__
-    return find_family(model) is not None or any(part in name for part in _NAMES_OF_DENOISERS)
+    """Whether a component that no one named is to be quantized: not a VAE, an adapter, a ControlNet, a vocoder, ..."""
+    return any(part in type(model).__name__ for part in _NAMES_OF_DENOISERS)
 
 
 def made_from_name(config: QVDConfig) -> bool:

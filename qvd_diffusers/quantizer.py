@@ -20,7 +20,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from qvd_core.checkpoint import plan_of
-from qvd_core.checks import check_finite
 from qvd_core.convert import dequantize_model, fit_temporal_layers, install_layers
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
@@ -34,16 +33,21 @@ from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.mapped import OneByOne
 from qvd_diffusers.single_file import SingleFile, recorded_config
 from qvd_diffusers.streaming import (
+    QUANTIZED_ALREADY,
     Device,
     Encoder,
+    check_recorded_plan,
     check_stored_values,
     enumerate_names,
     expect_float_weights,
     matching,
+    names_of_codes,
+    owner_of,
     place,
     place_encoded,
     split_name,
     stored_tensors,
+    unquantized,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class QVDQuantizer(DiffusersQuantizer):
         self._plan: dict[str, LayerPlan] = {}
         self._encoder: Encoder | None = None
         self._in_checkpoint: list[str] | None = None
+        self._known: frozenset[str] = frozenset()
         self._outstanding: set[str] = set()
         self._lock = threading.Lock()
 
@@ -120,6 +125,8 @@ class QVDQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Read the tensors of a file one at a time. `from_single_file` calls this first of all, and then may rename."""
         if self._skeleton_made:
+            if self._plan:
+                self._refuse_unplanned(state_dict, names_of_codes(state_dict))
             return OneByOne(state_dict)
         self._single_file = SingleFile(state_dict)
         return self._single_file.shown
@@ -172,7 +179,9 @@ class QVDQuantizer(DiffusersQuantizer):
     def _recorded_plan(self) -> dict[str, LayerPlan]:
         if not self.quantization_config.layers:
             raise QVDError("config.json says quant_method 'qvd' but records no layers: save the model again.")
-        return plan_from_dict(self.quantization_config.layers)
+        plan = plan_from_dict(self.quantization_config.layers)
+        check_recorded_plan(plan, self.spec)
+        return plan
 
     def _prepare_encoder(self, model: nn.Module) -> None:
         refuse_image_unet(model)
@@ -195,16 +204,31 @@ class QVDQuantizer(DiffusersQuantizer):
                 f"the checkpoint of this {type(model).__name__} lacks {enumerate_names(missing)}: "
                 "it is incomplete, or it was saved for another model."
             )
-        self._refuse_unplanned(present - known)
+        self._known = frozenset(known)
+        self._refuse_unplanned(present)
 
-    def _refuse_unplanned(self, unexpected: Iterable[str]) -> None:
-        """diffusers leaves out tensors the model does not have; a quantized layer would compute without its own."""
-        extra = [name for name in unexpected if split_name(name)[1] in FLOAT32_BUFFERS]
-        if extra and self._encoder is None:
-            raise QVDError(
-                f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
-                "config.json and the weights do not belong together."
-            )
+    def _refuse_unplanned(self, present: Iterable[str], codes: Iterable[str] = ()) -> None:
+        """diffusers leaves out tensors the model does not have; a quantized layer would compute without its own.
+
+        codes: names among those present of tensors that hold codes.
+        """
+        extra = {name for name in present if self._is_unplanned(name)} | (set(codes) - self._known)
+        if not extra:
+            return
+        if self._encoder is not None:
+            raise QVDError(f"the checkpoint holds {enumerate_names(extra)}: {QUANTIZED_ALREADY}")
+        raise QVDError(
+            f"the checkpoint holds {enumerate_names(extra)}, which config.json does not plan for: "
+            "config.json and the weights do not belong together."
+        )
+
+    def _is_unplanned(self, name: str) -> bool:
+        """Whether a tensor belongs to a quantized layer, but not to what was planned for that layer."""
+        layer, suffix = split_name(name)
+        planned = owner_of(name) in self._plan
+        if self._encoder is not None and planned:  # its layers are full-precision ones in the checkpoint
+            return layer not in self._plan or suffix not in ("weight", "bias")
+        return name not in self._known and (suffix in FLOAT32_BUFFERS or planned)
 
     def _needed(self, model: nn.Module) -> Iterable[str]:
         """Names of the tensors the checkpoint must have: all that are still empty; float ones when quantizing."""
@@ -254,21 +278,20 @@ class QVDQuantizer(DiffusersQuantizer):
         module = model.get_submodule(layer)
         stored = state_dict[param_name]
         if self._leaves_float:
-            dtype = stored_tensors(module)[suffix].dtype if self._asked_dtype is None else param_value.dtype
-            place(module, suffix, stored.to(dtype), target_device)
+            floats = stored.is_floating_point() and self._asked_dtype is None  # `compute_dtype` is not for this model
+            place(module, suffix, stored.to(torch.get_default_dtype() if floats else param_value.dtype), target_device)
             return
         self._refuse_unplanned(unexpected_keys or ())
         if layer not in self._plan:
+            dtype = stored.dtype if self._keeps_stored_types else param_value.dtype
+            value = unquantized(stored, stored_tensors(module)[suffix], param_name, dtype)
             if self._encoder is not None:
-                check_finite(param_name, stored)
-                value = self._encoder.encoding.edit(param_name, stored.to(param_value.dtype))
-            else:
-                check_stored_values(stored, param_name)
-                value = stored if self._keeps_stored_types else stored.to(param_value.dtype)
+                value = self._encoder.encoding.edit(param_name, value)
             place(module, suffix, value, target_device)
         elif self._encoder is None:
-            check_stored_values(stored, param_name)
-            place(module, suffix, matching(stored, stored_tensors(module)[suffix], param_name), target_device)
+            value = matching(stored, stored_tensors(module)[suffix], param_name)
+            check_stored_values(stored, param_name, self._plan[layer].weight_bits(self.spec))
+            place(module, suffix, value, target_device)
         else:
             encoded = self._encoder.add(layer, suffix, stored.to(target_device))
             if encoded is not None:
@@ -279,6 +302,11 @@ class QVDQuantizer(DiffusersQuantizer):
     def _tick_off(self, model: nn.Module, name: str) -> None:
         """What needs the whole model follows the last tensor: here, because diffusers dispatches the model next."""
         with self._lock:
+            if name not in self._outstanding:
+                raise QVDError(
+                    f"{name} is in more than one file of the checkpoint, or not in its index: the files are of "
+                    "different models, download or save it again."
+                )
             self._outstanding.discard(name)
             if self._outstanding:
                 return

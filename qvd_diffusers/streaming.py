@@ -13,12 +13,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qvd_core.checks import cast_finite, stored_problem
+from qvd_core.checks import cast_finite, check_finite, stored_problem
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
+from qvd_core.plan import LayerPlan
+from qvd_core.spec import QuantSpec
 
 Device = torch.device | str | int
+
+QUANTIZED_ALREADY = (
+    "this checkpoint is quantized already. Load it without a quantization_config, or quantize the full-precision model."
+)
 
 
 @dataclass
@@ -35,11 +41,8 @@ class Encoder:
 
     def add(self, layer: str, suffix: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """Take one float tensor; returns the layer's quantized tensors when it was the last one, else None."""
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise QVDError(
-                f"{layer}.{suffix} is {tensor.dtype}: this checkpoint is quantized already. "
-                "Load it without a quantization_config, or quantize the full-precision model."
-            )
+        if not _is_float(tensor):
+            raise QVDError(f"{layer}.{suffix} is {tensor.dtype}: {QUANTIZED_ALREADY}")
         with self.lock:  # diffusers may read several shards at once
             arrived = self.waiting.setdefault(layer, {})
             arrived[suffix] = tensor
@@ -108,7 +111,7 @@ def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:
 
     Raises QVDError that names the tensor, what was found and what was expected.
     """
-    castable = isinstance(placeholder, nn.Parameter) and value.is_floating_point() and placeholder.is_floating_point()
+    castable = isinstance(placeholder, nn.Parameter) and _is_float(value) and _is_float(placeholder)
     if value.shape != placeholder.shape or (value.dtype != placeholder.dtype and not castable):
         raise QVDError(
             f"{name} is {_describe(value)} in the checkpoint, expected {_describe(placeholder)}: "
@@ -117,11 +120,61 @@ def matching(value: Tensor, placeholder: Tensor, name: str) -> Tensor:
     return cast_finite(name, value, placeholder.dtype)
 
 
-def check_stored_values(value: Tensor, name: str) -> None:
-    """Raise QVDError for values a quantized checkpoint cannot hold: NaN, steps that are not positive, ..."""
-    problem = stored_problem(split_name(name)[1], value)
+def unquantized(value: Tensor, placeholder: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`, for a tensor that stays as it is in the quantized model.
+
+    Raises QVDError where it is something else than the model's `placeholder`, and for NaN and infinity.
+    """
+    if placeholder.is_floating_point() and not _is_float(value):
+        raise QVDError(
+            f"{name} is {value.dtype}, but this model keeps it in floating point: the checkpoint was quantized by "
+            "another tool, or is damaged. Quantize the full-precision model."
+        )
+    if not placeholder.is_floating_point():
+        return matching(value, placeholder, name)
+    check_finite(name, value)
+    cast = cast_finite(name, value, dtype)
+    check_finite(name, cast)
+    return cast
+
+
+def check_stored_values(value: Tensor, name: str, bits: int = 8) -> None:
+    """Raise QVDError for values a quantized checkpoint cannot hold: NaN, steps that are not positive, ...
+
+    bits: of the codes, as config.json has it; 5 to 8 are all stored as int8.
+    """
+    suffix = split_name(name)[1]
+    problem = stored_problem(suffix, value)
     if problem:
         raise QVDError(f"{name} {problem}: the checkpoint is damaged, quantize the model again.")
+    if suffix == "weight" and value.dtype == torch.int8 and bits < 8 and value.numel():
+        limit = 2 ** (bits - 1) - 1
+        if value.amin() < -limit or value.amax() > limit:
+            raise QVDError(
+                f"{name} holds codes of more than the {bits} bits that config.json says: "
+                "config.json and the weights do not belong together."
+            )
+
+
+def check_recorded_plan(plan: Mapping[str, LayerPlan], spec: QuantSpec) -> None:
+    """Raise QVDError when a config.json contradicts itself: its settings are not those its layers were made with."""
+    static = any("activation_scale" in layer.tensors for layer in plan.values())
+    if static != spec.is_static:
+        found = "calibrated activation scales" if static else "no activation scales"
+        raise QVDError(
+            f"config.json says activation={spec.activation!r}, but the layers it lists have {found}: it was edited, or "
+            "mixed from two models. Other settings need another quantization of the full-precision model."
+        )
+
+
+def names_of_codes(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors whose type only quantized weights have: 8-bit integers and floats."""
+    return [name for name, tensor in tensors.items() if tensor.element_size() == 1 and tensor.dtype != torch.bool]
+
+
+def owner_of(name: str) -> str:
+    """The layer that a tensor is about: "proj" for "proj.weight", "proj.scale" and "proj.weight.absmax"."""
+    return split_name(name)[0].removesuffix(".weight")
 
 
 def enumerate_names(names: Iterable[str], limit: int = 3) -> str:
@@ -129,6 +182,11 @@ def enumerate_names(names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
+
+
+def _is_float(tensor: Tensor) -> bool:
+    """Whether it is in floating point of 16 bits or more."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _describe(tensor: Tensor) -> str:

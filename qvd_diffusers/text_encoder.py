@@ -74,8 +74,11 @@ def install_text_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: Q
         # T5 casts the input to the weight's type by itself, but not to int8: int8 it takes for another backend.
         model.get_submodule(name).register_forward_pre_hook(_in_float32)
     for name in plan:
-        # transformers would initialize what a file lacks with random floats; the check after loading names it instead.
-        model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
+        # What a file lacks transformers fills with random floats, which int8 cannot hold; the check after loading, not
+        # an error of PyTorch's, is to name it.
+        layer = model.get_submodule(name)
+        empty = torch.empty(layer.weight.shape, dtype=layer.compute_dtype, device="meta")  # type: ignore[arg-type]
+        layer.weight = nn.Parameter(empty, requires_grad=False)
 
 
 class QVDTextQuantizer(HfQuantizer):
@@ -155,6 +158,11 @@ class QVDTextQuantizer(HfQuantizer):
         layer, suffix = split_name(param_name)
         return not self.pre_quantized and suffix == "weight" and layer in self._plan
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """For device maps: int8 codes come where the empty weight is."""
+        layer, suffix = split_name(param_name)
+        return 1 if suffix == "weight" and layer in self._plan else param.element_size()
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
@@ -175,11 +183,9 @@ class QVDTextQuantizer(HfQuantizer):
         """The codes and scale that take the place of the float weight [N, K], by full name."""
         assert self._encoding is not None
         layer, _ = split_name(name)
-        empty = stored_tensors(model.get_submodule(layer))
-        tensors = {}
-        for suffix, value in self._encoding.encode(layer, weight, None).items():
-            tensors[f"{layer}.{suffix}"] = _frozen(matching(value, empty[suffix], f"{layer}.{suffix}"), suffix)
-        return tensors
+        matching(weight, model.get_parameter(name), name)
+        encoded = self._encoding.encode(layer, weight, None)
+        return {f"{layer}.{suffix}": _frozen(value, suffix) for suffix, value in encoded.items()}
 
     def note(self, error: QVDError) -> None:
         """Keep the first error until the model is loaded: transformers would bury it in a report of its own."""
@@ -242,8 +248,7 @@ class _Claim(ConversionOps):
         except QVDError as error:
             assert self.quantizer is not None
             self.quantizer.note(error)
-            empty = stored_tensors(model.get_submodule(split_name(full_layer_name)[0]))["weight"]
-            return {full_layer_name: _frozen(torch.zeros_like(empty, device="cpu"), "weight")}
+            return {full_layer_name: torch.zeros(model.get_parameter(full_layer_name).shape)}
 
     def _converted(self, name: str, tensor: Tensor, model: Any) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -261,9 +266,9 @@ class _Unwrap(_Claim):
     """Codes [N, K] of the stored [1, N, K]."""
 
     def _converted(self, name: str, tensor: Tensor, model: Any) -> dict[str, Tensor]:
-        layer, suffix = split_name(name)
         codes = tensor.squeeze(0) if tensor.dim() == 3 else tensor
-        return {name: _frozen(matching(codes, stored_tensors(model.get_submodule(layer))[suffix], name), suffix)}
+        expected = torch.empty(model.get_parameter(name).shape, dtype=torch.int8, device="meta")
+        return {name: _frozen(matching(codes, expected, name), "weight")}
 
     @property
     def reverse_op(self) -> ConversionOps:
