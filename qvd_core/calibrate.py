@@ -23,7 +23,8 @@ from qvd_core.scales import LayerScales, Scales
 from qvd_core.sensitivity import END_EFFECT, end_effects
 from qvd_core.spec import QuantSpec
 from qvd_core.steps import static_steps
-from qvd_core.temporal_fit import fit_codebook, stack_features
+from qvd_core.temporal import StackedWeights
+from qvd_core.temporal_fit import count_outputs, fit_codebook, stack_features
 from qvd_core.weight_source import read_finite
 
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -105,8 +106,9 @@ def _fit_temporal(observation: Observation, scales: Scales) -> None:
         else:
             same.append(name)
     for features, names in groups:
-        weights = [read_finite(observation.weights, name)[0] for name in names]
-        quantizer, report = fit_codebook(features, weights, scales.spec)
+        weights = (read_finite(observation.weights, name)[0] for name in names)
+        rows = count_outputs(observation.layers[name] for name in names)
+        quantizer, report = fit_codebook(features, StackedWeights(rows, weights), scales.spec)
         for name in names:
             scales.temporal[name] = quantizer
             scales.report[name] = dict(report)

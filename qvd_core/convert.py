@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from qvd_core.rotation import hadamard
 from qvd_core.scales import Scales
 from qvd_core.shared_input import share_inputs
 from qvd_core.spec import QuantSpec
-from qvd_core.temporal import TemporalQuantizer
-from qvd_core.temporal_fit import fit_codebook, grid_features, stack_features
+from qvd_core.temporal import StackedWeights, TemporalQuantizer
+from qvd_core.temporal_fit import count_outputs, fit_codebook, grid_features, stack_features
 from qvd_core.temporal_layer import TemporalLinear, codebook_tensors
+from qvd_core.weights import row_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -168,16 +169,22 @@ def _fit_data_free(model: nn.Module, projections: Sequence[nn.Module], spec: Qua
     features = grid_features(model, family) if projections and family is not None else {}
     if not features:
         return None
-    quantizer, report = fit_codebook(stack_features(features), [_float_weight(layer) for layer in projections], spec)
+    weights = StackedWeights(count_outputs(projections), _float_weights(projections))
+    quantizer, report = fit_codebook(stack_features(features), weights, spec)
     logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report["tdr"])
     return quantizer
 
 
-def _float_weight(layer: nn.Module) -> Tensor:
-    """float32 weight of a float or a quantized layer."""
-    weight = layer.dequantized_weight() if isinstance(layer, QuantizedLayer) else layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+def _float_weights(layers: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Weights [N, K] of float layers, and those of quantized layers in float32, a bounded number of rows at a time."""
+    for layer in layers:
+        if isinstance(layer, QuantizedLayer):
+            codes = layer.weight_codes()
+            for rows in row_blocks(codes):
+                yield codes[rows].float() * layer.weight_scale[rows]
+        else:
+            assert isinstance(layer.weight, Tensor)
+            yield layer.weight.detach()
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ def load_observations(path: Path, observations: Mapping[str, Observation], sampl
             name: _State.read(observation, f"{name}.", tensors, known[name])
             for name, observation in observations.items()
         }
-    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, RuntimeError, TypeError) as error:
         raise QVDError(f"{path} is damaged: {error!r}.") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise QVDError(f"{path} cannot be gone on from: {error}.") from error
     for name, state in states.items():
         state.restore(observations[name])
@@ -133,6 +133,8 @@ class _State:
 
 
 def _names_agree(observation: Observation, known: Any) -> bool:
+    if not isinstance(known, dict):
+        return False
     return set(known["inputs"]) == set(observation.inputs) and set(known["features"]) == set(observation.features)
 
 
@@ -214,7 +216,10 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 def _unpacked(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     if _TENSOR in packed:
-        return tensors[packed[_TENSOR]].to(packed["device"])
+        device = torch.device(packed["device"])
+        if device.type == "meta":
+            raise ValueError(f"{packed[_TENSOR]} is said to be on the device {device}")
+        return tensors[packed[_TENSOR]].to(device)
     if "value" in packed:
         return packed["value"]
     if "dict" in packed:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qvd_core.families import Family
 from qvd_core.spec import QuantSpec
-from qvd_core.temporal import TemporalQuantizer, fit_temporal_quantizer
+from qvd_core.temporal import StackedWeights, TemporalQuantizer, fit_temporal_quantizer
 
 TRAINING_TIMESTEPS = 1000
 GRID_TIMESTEPS = 1001  # evenly spaced over the training range, both ends included
@@ -53,10 +53,19 @@ def stack_features(features: dict[float, Tensor]) -> Tensor:
     return torch.stack([features[timestep] for timestep in sorted(features, reverse=True)])
 
 
+def count_outputs(layers: Iterable[nn.Module]) -> int:
+    """Output channels of all the layers together; their weights [N, ...] may be on meta."""
+    weights = [layer.weight for layer in layers]
+    return sum(weight.shape[0] for weight in weights if isinstance(weight, Tensor))
+
+
 def fit_codebook(
-    features: Tensor, weights: Sequence[Tensor], spec: QuantSpec
+    features: Tensor, weights: Sequence[Tensor] | StackedWeights, spec: QuantSpec
 ) -> tuple[TemporalQuantizer, dict[str, float]]:
-    """Fit one codebook to features [T, C] under the stacked weights [N, C] of the projections that read them."""
-    stacked = torch.cat([weight.detach().float().cpu() for weight in weights])
+    """Fit one codebook to features [T, C] under the stacked weights [N, C] of the projections that read them.
+
+    `StackedWeights` may read or dequantize each weight when its turn comes: no float32 copy of them all is made.
+    """
+    stacked = weights if isinstance(weights, StackedWeights) else StackedWeights.of(*weights)
     fit = fit_temporal_quantizer(features, stacked, bits=spec.activation_bits, quantizer=spec.temporal_quantizer)
     return fit.quantizer, fit.report

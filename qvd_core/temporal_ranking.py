@@ -39,7 +39,7 @@ class Ranking:
     def estimate(self, codebooks: Codebooks) -> Tensor:
         """The estimated objective of each quantizer: float64 [n]; comparable with each other only."""
         levels, boundaries = codebooks
-        boundaries = boundaries.float()  # as the quantizer has them
+        boundaries = _merge_equal(levels.float(), boundaries.float())  # as the quantizers have them
         return self._errors(levels, boundaries) + COLLISION_WEIGHT * self._collisions(boundaries)
 
     def _errors(self, levels: Tensor, boundaries: Tensor) -> Tensor:
@@ -57,6 +57,14 @@ class Ranking:
         beyond = torch.full_like(boundaries[:, :1], torch.inf)
         end_of_code = torch.cat([boundaries, beyond], dim=1).gather(1, following)
         return (end_of_code >= self._larger).sum(dim=1) * self._collision_scale
+
+
+def _merge_equal(levels: Tensor, boundaries: Tensor) -> Tensor:
+    """Boundaries [n, L-1] with those between equal levels moved up to the next: what decodes alike has one code."""
+    equal = levels[:, 1:] == levels[:, :-1]
+    if not equal.any():
+        return boundaries
+    return boundaries.masked_fill(equal, torch.inf).flip(1).cummin(dim=1).values.flip(1).contiguous()
 
 
 def _draw_pairs(objective: TemporalObjective) -> tuple[Tensor, Tensor, float]:

@@ -5,6 +5,7 @@ from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.attention import set_attention
 from qvd_diffusers.config import QVDConfig
+from qvd_diffusers.import_hook import write_import_hook
 from qvd_diffusers.pipeline import calibrate
 from qvd_diffusers.quantize import quantize
 from qvd_diffusers.quantizer import QVDQuantizer
@@ -20,6 +21,7 @@ __all__ = [
     "quantize",
     "register",
     "set_attention",
+    "write_import_hook",
 ]
 
 register()

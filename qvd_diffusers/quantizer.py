@@ -319,7 +319,6 @@ class QVDQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Write the result into the model's config: what `save_pretrained` then makes loads by itself."""
         if self._leaves_float:
-            model.is_quantized = False
             forget_quantization(model)
             return model
         if self._outstanding:
@@ -359,10 +358,11 @@ class QVDQuantizer(DiffusersQuantizer):
 
 
 def forget_quantization(model: Any) -> None:
-    """Take the entry out of a diffusers model's config."""
+    """Take the entry out of a diffusers model's config, and the marks off the model."""
     entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
     model._internal_dict = FrozenDict(entries)
     model.quantization_method = None
+    model.is_quantized = False  # older versions of diffusers forget to
 
 
 def refuse_image_unet(model: nn.Module) -> None:

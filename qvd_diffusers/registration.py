@@ -38,7 +38,7 @@ def _text_quantizer() -> type[Any]:
     """The quantizer for this version of transformers."""
     try:
         from qvd_diffusers.text_encoder import QVDTextQuantizer
-    except ImportError:  # the loader it hooks into came with transformers 5
+    except ImportError:  # the loader it hooks into is younger
         return TextEncoderRefusal
     return QVDTextQuantizer
 
@@ -52,7 +52,7 @@ class TextEncoderRefusal:
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         raise QVDError(
-            "this component is a transformers model, and QVD quantizes those with transformers 5 or newer only. "
+            "this component is a transformers model, and QVD quantizes those with transformers 5.23 or newer. "
             "Update transformers, or leave the component out: pass QVDConfig() itself, or name the denoiser, "
             "e.g. components_to_quantize=['transformer']."
         )

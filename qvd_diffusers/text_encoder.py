@@ -7,12 +7,13 @@ everything here is data-free. Two ways through the hooks, as in `quantizer.py`:
 In the file, the codes of a layer have a leading dimension of 1. transformers only warns about a method it does not
 know and would go on to compute with codes as if they were weights; over a shape that does not fit, it stops.
 
-Needs the loader of transformers 5 (`core_model_loading`): importing this module with an older one is an ImportError.
+Needs a recent loader of transformers 5 (tested: 5.23): importing this module with an older one is an ImportError.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,14 @@ from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
 from qvd_core.families.patterns import has_prefix
 from qvd_core.families.text import is_text_layer
+from qvd_core.layers import QuantLinear
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict, refuse_quantized
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.streaming import check_stored_values, enumerate_names, matching, split_name, stored_tensors
+
+if "model" not in inspect.signature(getattr(HfQuantizer, "update_weight_conversions", object)).parameters:
+    raise ImportError("the loader of this transformers tells a quantizer too little: 5.23 is known to do.")
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +82,8 @@ def install_text_layers(model: nn.Module, plan: Mapping[str, LayerPlan], spec: Q
         # What a file lacks transformers fills with random floats, which int8 cannot hold; the check after loading, not
         # an error of PyTorch's, is to name it.
         layer = model.get_submodule(name)
-        empty = torch.empty(layer.weight.shape, dtype=layer.compute_dtype, device="meta")  # type: ignore[arg-type]
+        assert isinstance(layer, QuantLinear)
+        empty = torch.empty(layer.weight_shape, dtype=layer.compute_dtype, device="meta")
         layer.weight = nn.Parameter(empty, requires_grad=False)
 
 

@@ -196,7 +196,7 @@ class TestSearch:
         features, P = silu_features(50, 256), projection_weight(2000, 256)
         start = time.process_time()
         fit_temporal_quantizer(features, P)
-        assert time.process_time() - start < 10  # takes below one second: a busy machine is no failure
+        assert time.process_time() - start < 2  # takes about 0.1 s: a busy machine is no failure
 
 
 @pytest.mark.usefixtures("coarse_grids")

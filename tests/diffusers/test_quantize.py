@@ -232,7 +232,10 @@ def cast_layer_by_layer() -> WanTransformer3DModel:
 
 def offloaded_by_groups() -> WanTransformer3DModel:
     model = tiny_wan_transformer()
-    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    try:
+        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    except AttributeError:
+        pytest.skip("this diffusers cannot offload groups without an accelerator")
     return model
 
 

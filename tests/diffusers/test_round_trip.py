@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qvd_core import quantize_model
 from qvd_core.checkpoint import plan_of
-from qvd_diffusers import QVDConfig, Scales, calibrate
+from qvd_diffusers import QVDConfig, Scales, calibrate, quantize
 from qvd_diffusers.streaming import Encoder
 from tests.diffusers.tiny import ANIMATE_CALL, PROMPTS, WAN_CALL, sample_frames
 
@@ -174,6 +174,26 @@ def test_parallel_loading_makes_no_difference(
     assert_same_state(
         WanTransformer3DModel.from_pretrained(tmp_path, quantization_config=QVDConfig()), quantized(wan_folder)
     )
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [{"variant": "fp16"}, {"safe_serialization": False}, {"variant": "fp16", "max_shard_size": "20KB"}],
+    ids=str,
+)
+def test_the_kind_of_file_makes_no_difference(wan_folder: Path, tmp_path: Path, saving: dict[str, Any]) -> None:
+    """A variant, or PyTorch's own format: for the float weights and for the quantized ones."""
+    loading = {"variant": saving["variant"]} if "variant" in saving else {}
+    full = WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer", torch_dtype=torch.float16)
+    full.save_pretrained(tmp_path / "full", **saving)
+    model = WanTransformer3DModel.from_pretrained(
+        tmp_path / "full", torch_dtype=torch.float16, quantization_config=QVDConfig(), **loading
+    )
+    assert_same_state(model, quantize(full))
+    model.save_pretrained(tmp_path / "int8", **saving)
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "int8", **loading)
+    assert again.dtype == torch.float16
+    assert_same_state(model, again)
 
 
 def test_bfloat16_makes_the_trip(wan_folder: Path, tmp_path: Path) -> None:

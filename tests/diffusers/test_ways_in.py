@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,10 @@ def backend_by_name() -> PipelineQuantizationConfig:
 def from_modular_pipeline(folder: Path) -> Any:
     """`load_components` gives a plain config to every component, and a dict to those it names."""
     modular = pytest.importorskip("diffusers").ModularPipeline
-    pipe = modular.from_pretrained(str(folder))
+    try:
+        pipe = modular.from_pretrained(str(folder))
+    except RuntimeError as error:  # diffusers 0.36 beside transformers 5
+        pytest.skip(f"this diffusers cannot import its pipelines here: {str(error).splitlines()[-1]}")
     if "transformer" not in getattr(pipe, "_component_specs", {}):
         pytest.skip("this diffusers has no modular pipeline for Wan")
     pipe.load_components(names=["transformer", "vae"], quantization_config={"transformer": QVDConfig()})
@@ -276,24 +277,3 @@ def test_every_way_in_gives_each_expert_its_own_scales(
         before, after = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-
-
-# Without the import
-
-
-PLAIN_LOAD = """
-import sys
-from diffusers import WanTransformer3DModel
-try:
-    WanTransformer3DModel.from_pretrained(sys.argv[1])
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_without_the_import_diffusers_says_that_it_does_not_know_the_method(wan_folder: Path, tmp_path: Path) -> None:
-    from_model(wan_folder, QVDConfig()).save_pretrained(tmp_path)
-    said = subprocess.run(
-        [sys.executable, "-c", PLAIN_LOAD, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
-    assert "Unknown quantization type, got qvd - supported types are:" in said
