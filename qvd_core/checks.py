@@ -41,7 +41,7 @@ def stored_problem(key: str, tensor: Tensor) -> str | None:
         return "holds NaN or infinity"
     if key in _POSITIVE and not bool((tensor > 0).all()):
         return "must be positive"
-    if key == "bucket_boundaries" and not bool((tensor[:-1] <= tensor[1:]).all()):
+    if key in ("bucket_boundaries", "boundaries", "levels") and not bool((tensor[:-1] <= tensor[1:]).all()):
         return "must ascend"
     if key == "weight" and tensor.dtype == torch.uint8 and bool((((tensor & 15) == 8) | ((tensor >> 4) == 8)).any()):
         return "holds codes outside -7 ... 7"

@@ -16,7 +16,7 @@ from torch import nn
 
 from qvd_core.errors import QVDError
 from qvd_core.families import Family, family_or_generic
-from qvd_core.families.patterns import has_prefix
+from qvd_core.families.patterns import has_parts
 from qvd_core.scales import MOST_STEPS, LayerScales, Scales
 from qvd_core.sensitivity import most_sensitive
 from qvd_core.spec import QuantSpec
@@ -69,7 +69,7 @@ def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dic
         and name not in outermost
         and _is_plain(module)
         and not family.keeps(name)
-        and not has_prefix(name, spec.modules_to_not_convert)
+        and not has_parts(name, spec.modules_to_not_convert)
         and min(_features(module)) >= family.minimum_features
     }
 
@@ -144,9 +144,9 @@ def _warn_of_uncalibrated(layers: Mapping[str, nn.Module], family: Family, scale
 
 def _warn_of_misspelt(model: nn.Module, spec: QuantSpec) -> None:
     names = [name for name, _ in model.named_modules()]
-    for prefix in spec.modules_to_not_convert:
-        if not any(has_prefix(name, (prefix,)) for name in names):
-            logger.warning("modules_to_not_convert names %r, but %s has no such layer.", prefix, type(model).__name__)
+    for parts in spec.modules_to_not_convert:
+        if not any(has_parts(name, (parts,)) for name in names):
+            logger.warning("modules_to_not_convert names %r, but %s has no such layer.", parts, type(model).__name__)
 
 
 def _check_temporal_bits(spec: QuantSpec, scales: Scales) -> None:

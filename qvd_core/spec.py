@@ -50,7 +50,7 @@ class QuantSpec:
     portable: allow only what folds into ordinary tensors, so that plain int8 loaders lose nothing.
     auto_keep: keep the layers that calibration found most sensitive in full precision: those that fit into a share of
         the weights (below 1), or every layer that alone brings the model's output below so many dB (1 and above).
-    modules_to_not_convert: layer names, or whole-part prefixes of them, that stay in full precision.
+    modules_to_not_convert: layer names, or whole parts of them ("blocks.0", "to_k"), that stay in full precision.
     backend: which implementation of the int8 operators runs; "auto" picks the fastest exact one for each device and
         shape, "weight_only" multiplies unquantized activations with decoded weights (for its memory alone).
 

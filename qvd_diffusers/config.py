@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,10 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
     def __post_init__(self) -> None:
         # Own tuples: neither the caller's list nor ours may change through the other.
-        if not isinstance(self.modules_to_not_convert, str):
-            self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
+        names: Any = self.modules_to_not_convert or ()
+        if isinstance(names, Iterable) and not isinstance(names, str):
+            names = tuple(names)
+        self.modules_to_not_convert = names
         self.components = _checked_components(self.components)
         self.compute_dtype = _checked_dtype(self.compute_dtype)
         self.attention = checked_attention(self.attention)
@@ -281,10 +283,10 @@ def text_encoder_refusal(component: str | None = None) -> str:
 def _checked_components(components: Any) -> tuple[str, ...] | None:
     if components is None:
         return None
-    names = (components,) if isinstance(components, str) else tuple(components)
-    if not names or not all(isinstance(name, str) and name for name in names):
+    names = (components,) if isinstance(components, str) else components
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
         raise QVDError(f"components must be names of pipeline components, e.g. ['transformer'], got {components!r}.")
-    return names
+    return tuple(names)
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | None:

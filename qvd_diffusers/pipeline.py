@@ -143,7 +143,7 @@ class _Store:
         if path is None or not path.is_file():
             return 0
         try:
-            return load_observations(path, self._observations)
+            return load_observations(path, self._observations, self._total or None)
         except QVDError as error:
             logger.warning("Starting the calibration anew: %s", error)
             return 0

@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from qvd_core.convert import dequantize_model, install_layers
 from qvd_core.encode import Encoding
 from qvd_core.errors import QVDError
-from qvd_core.families.patterns import has_prefix
+from qvd_core.families.patterns import has_parts
 from qvd_core.families.text import is_text_layer
 from qvd_core.layers import QuantLinear
 from qvd_core.plan import LayerPlan, plan_from_dict, plan_to_dict, refuse_quantized
@@ -57,7 +57,7 @@ def plan_text_layers(model: nn.Module, spec: QuantSpec) -> dict[str, LayerPlan]:
         if type(module) is nn.Linear
         and is_text_layer(name)
         and f"{name}.weight" not in tied
-        and not has_prefix(name, spec.modules_to_not_convert)
+        and not has_parts(name, spec.modules_to_not_convert)
     }
     if not plan:
         raise QVDError(

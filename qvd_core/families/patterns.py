@@ -31,6 +31,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(compile_pattern(pattern).fullmatch(name + ".") for pattern in patterns)
 
 
-def has_prefix(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether `name` equals one of the prefixes or lies below it ("blocks.1" holds "blocks.1.ffn", not "blocks.10")."""
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+def has_parts(name: str, wanted: Iterable[str]) -> bool:
+    """Whether some whole parts of `name`, one after the other, are one of `wanted`.
+
+    "blocks.1" is in "blocks.1.ffn" and not in "blocks.10"; "to_k" is in every "blocks.*.attn1.to_k".
+    """
+    return any(f".{parts}." in f".{name}." for parts in wanted)

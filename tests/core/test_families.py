@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from qvd_core import QuantSpec, QVDError, find_family
 from qvd_core.families import FAMILIES, Family, family_or_generic
-from qvd_core.families.patterns import has_prefix, matches
+from qvd_core.families.patterns import has_parts, matches
 from qvd_core.plan import quantizable_layers
 from qvd_core.temporal_fit import embed_timesteps
 from tests.core.family_counts import LAYER_COUNTS, MORE_THAN_THE_TIMESTEP
@@ -67,8 +67,9 @@ class TestPatterns:
         assert matches(".".join([*name, *other]), (".".join(name) + ".**",))
 
     @given(parts, parts)
-    def test_prefix_is_whole_parts(self, name, prefix):
-        assert has_prefix(".".join(name), [".".join(prefix)]) == (name[: len(prefix)] == prefix)
+    def test_parts_are_whole_ones_in_a_row(self, name, wanted):
+        runs = [name[start : start + len(wanted)] for start in range(len(name))]
+        assert has_parts(".".join(name), [".".join(wanted)]) == (wanted in runs)
 
 
 def inputs_read(tiny: TinyFamily, names, timestep=500.0, latents=None) -> dict[str, set[tuple]]:
