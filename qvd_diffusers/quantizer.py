@@ -99,7 +99,7 @@ class QVDQuantizer(DiffusersQuantizer):
             raise QVDError(f"torch_dtype must be one of {', '.join(COMPUTE_DTYPES)} with QVD, got {torch_dtype}.")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise QVDError(
-                "device_map sends layers to disk, which would write them there unquantized: "
+                "device_map sends layers to disk, past the quantizer: "
                 "use a device_map without 'disk', or enable_group_offload after loading."
             )
         if not self.pre_quantized and self.quantization_config.attention not in (None, AUTO):
