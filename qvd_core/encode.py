@@ -60,8 +60,12 @@ class Encoding:
     def check(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         """Raise QVDError when a layer's tensors hold NaN, do not belong to the scales, or do not bear the fold."""
         check_layer(name, weight, bias, self.scales)
+        self._check_fold(name, weight, bias)
+
+    def _check_fold(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         if self.scales is None or "input_shift" not in self.plan[name].tensors or weight.dtype != torch.float16:
             return
+        check_finite(f"{name}.weight", weight)
         folded = sum_over_inputs(weight, self.scales.layers[name].input_shift.to(weight.device))
         if bias is not None:
             folded = folded + bias.double()
@@ -81,10 +85,16 @@ class Encoding:
         Raises QVDError on NaN, or when the weight does not belong to the scales. The codebook of a temporal layer
         without scales is left out; `fit_temporal_layers` makes it once the whole model is there.
         """
-        self.check(name, weight, bias)
-        weight = self._edited(f"{name}.weight", weight)
+        if self.scales is not None:
+            self.check(name, weight, bias)
+        elif bias is not None:
+            check_finite(f"{name}.bias", bias)
+        edited = self._edited(f"{name}.weight", weight)
         bias = None if bias is None else self._edited(f"{name}.bias", bias)
-        return encode_layer(name, self.plan[name], weight, bias, self.spec, self.scales, self.folded.get(name))
+        encoded = encode_layer(name, self.plan[name], edited, bias, self.spec, self.scales, self.folded.get(name))
+        if not encoded["weight_scale"].isfinite().all():  # spares looking for NaN in every weight
+            check_finite(f"{name}.weight", weight)
+        return encoded
 
     def _edited(self, name: str, tensor: Tensor) -> Tensor:
         return self.edits[name].apply(tensor, torch.float32) if name in self.edits else tensor

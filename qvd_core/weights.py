@@ -20,7 +20,7 @@ _CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 # Weights are worked on some output channels at a time: in float32 those stay in a CPU's cache, and a whole layer in
 # float32 is never there. A GPU needs long calls instead.
-_CPU_BLOCK, _DEVICE_BLOCK = 2**18, 2**25  # elements
+_CPU_BLOCK, _DEVICE_BLOCK = 2**19, 2**25  # elements
 _FEWEST_ROWS = 8
 
 
@@ -39,7 +39,8 @@ class QuantizedWeight:
 def quantize_weight(weight: Tensor, bits: int, rows: Tensor | None = None) -> QuantizedWeight:
     """Symmetric codes per output channel; the scale is max|w| / q_max, below 8 bits the least-squares clip of a grid.
 
-    weight: float [N, ...]. An all-zero channel gets scale 1 and codes 0. METHOD 3.6 [O].
+    weight: float [N, ...]. An all-zero channel gets scale 1 and codes 0; one that holds
+    NaN or infinity gets a scale that is not finite, and codes without meaning. METHOD 3.6 [O].
     rows: float32 [S, K], a sample of the layer's input, K as in weight.flatten(1): then the rounding is error-
     compensating and the clip of each channel the one with the least output error. Raises QVDError on unusable rows.
     """
@@ -48,21 +49,20 @@ def quantize_weight(weight: Tensor, bits: int, rows: Tensor | None = None) -> Qu
         scale = weight.new_empty((weight.shape[0], *[1] * (weight.dim() - 1)), dtype=torch.float32)
         for part in row_blocks(weight):
             block = weight[part].float()
-            nearest = _nearest(block, _candidate_scales(block, bits), code_limit(bits))
-            codes[part], scale[part] = nearest.codes, nearest.scale
+            codes[part], scale[part] = _nearest(block, _candidate_scales(block, bits), code_limit(bits))
         return QuantizedWeight(codes, scale)
     weight = weight.float()
     candidates = _candidate_scales(weight, bits)
-    nearest = _nearest(weight, candidates, code_limit(bits))
+    nearest_codes, nearest_scale = _nearest(weight, candidates, code_limit(bits))
     codes, scale = rounding.compensate(
         weight.flatten(1),
-        nearest.codes.flatten(1),
-        nearest.scale.flatten(1),
+        nearest_codes.to(torch.int8).flatten(1),
+        nearest_scale.flatten(1),
         [candidate.flatten(1) for candidate in candidates],
         rows,
         code_limit(bits),
     )
-    return QuantizedWeight(codes.view(weight.shape), scale.view_as(nearest.scale))
+    return QuantizedWeight(codes.view(weight.shape), scale.view_as(nearest_scale))
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -74,14 +74,16 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def _candidate_scales(weight: Tensor, bits: int) -> list[Tensor]:
-    """Scales float32 [N, 1, ...] to choose from, the one that clips nothing first."""
-    full = weight.abs().flatten(1).amax(dim=1).view(-1, *[1] * (weight.dim() - 1)) / code_limit(bits)
-    full = torch.where(full > 0, full, torch.ones_like(full))
+    """Scales float32 [N, 1, ...] to choose from, the one that clips nothing first; NaN for a channel with NaN."""
+    channels = weight.flatten(1)
+    largest = torch.maximum(-channels.amin(dim=1), channels.amax(dim=1))  # of abs(), without a copy
+    full = largest.view(-1, *[1] * (weight.dim() - 1)) / code_limit(bits)
+    full = torch.where(full == 0, torch.ones_like(full), full)
     return [full if share == 1.0 else full * share for share in (_CLIP_SHARES if bits < 8 else (1.0,))]
 
 
-def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> QuantizedWeight:
-    """Nearest codes at the scale of least squared weight error, per output channel."""
+def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> tuple[Tensor, Tensor]:
+    """Nearest codes (whole numbers in float32) at the scale of least squared weight error, per output channel."""
     best_scale = scales[0]
     if len(scales) > 1:
         best_error = torch.full_like(best_scale, torch.inf)
@@ -90,7 +92,7 @@ def _nearest(weight: Tensor, scales: Sequence[Tensor], limit: int) -> QuantizedW
             error = (rounded - weight).square().flatten(1).sum(dim=1).view_as(scale)
             best_scale = torch.where(error < best_error, scale, best_scale)
             best_error = torch.minimum(error, best_error)
-    return QuantizedWeight(_nearest_grid_points(weight, best_scale, limit).to(torch.int8), best_scale)
+    return _nearest_grid_points(weight, best_scale, limit), best_scale
 
 
 def _nearest_grid_points(weight: Tensor, scale: Tensor, limit: int) -> Tensor:
