@@ -58,7 +58,9 @@ NOTES = """
 - `enable_group_offload(offload_to_disk_path=...)` of a *pipeline* writes the groups of all its models under the same
   file names (diffusers {diffusers}), in full precision as well: give each model a folder of its own.
 - `pipe.to(dtype)`, `.half()` and `.float()` are refused by diffusers for every quantized model: choose `torch_dtype`
-  while loading. `.bfloat16()` is not refused, and keeps the scales in float32.
+  while loading. `.bfloat16()` is not refused, and keeps the scales in float32; saved, such a model loads in the type it
+  was quantized in.
+- `dequantize` and `save_pretrained` refuse models that are offloaded to disk, cast by layers, or hold an adapter.
 """
 
 

@@ -54,7 +54,10 @@ def requantize(layer: QuantizedLayer, changed: nn.Module) -> dict[str, Tensor]:
     weight, bias = changed.weight, changed.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     if not all(tensor is None or tensor.isfinite().all() for tensor in (weight, bias)):
-        raise QVDError("the merged weight or bias of an int8 layer holds NaN or infinity: the adapter is damaged.")
+        raise QVDError(
+            "the merged weight or bias of an int8 layer holds NaN or infinity: the adapter is damaged, "
+            "or the layer is offloaded to disk, where adapters cannot be merged."
+        )
     shift = weight.new_zeros(weight.shape[1]) if layer.input_shift is None else layer.input_shift
     scale = weight.new_ones(weight.shape[1]) if layer.input_scale is None else layer.input_scale
     quantized, folded = fold_transform(

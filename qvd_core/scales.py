@@ -73,7 +73,7 @@ _REQUIRED = (*_PER_CHANNEL, "weight_probe")
 _OPTIONAL = (*_STEPS, "bucket_boundaries")
 
 
-@dataclass
+@dataclass(repr=False)
 class Scales:
     """Calibration result of one model.
 
@@ -185,6 +185,13 @@ class Scales:
                 f"these scales were calibrated on another {self.model_class}: the weights of layer {name} differ. "
                 "Calibrate this model."
             )
+
+    def __repr__(self) -> str:
+        """One line: the tensors themselves would fill pages."""
+        differing = {key: value for key, value in self.spec.to_dict().items() if value != QuantSpec().to_dict()[key]}
+        settings = ", ".join(f"{key}={value!r}" for key, value in differing.items())
+        counts = f"{len(self.layers)} layers, {len(self.temporal)} temporal projections"
+        return f"Scales({self.model_class}: {counts}{'; ' if settings else ''}{settings})"
 
     def summary(self) -> dict[str, float]:
         """Means over all layers of the report's figures, and the number of layers."""

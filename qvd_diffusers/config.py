@@ -94,6 +94,8 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
     attention: str | None = None
     layers: dict[str, Any] | None = dataclasses.field(default=None, init=False)
     """The plan of a quantized model, written to config.json so that a reload needs nothing else."""
+    component: str | None = dataclasses.field(default=None, init=False, compare=False)
+    """The pipeline component this copy is for, where it is known; its scales must be of that one."""
     version: int = dataclasses.field(default=FORMAT_VERSION, init=False)
     quant_method: QVDMethod = dataclasses.field(default=QVDMethod.QVD, init=False)
 
@@ -157,9 +159,15 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         if isinstance(self.scales, Mapping):
             names = ", ".join(self.scales)
             raise QVDError(f"these scales are for the components {names} of a pipeline: for one model pass its own.")
-        if self.scales is None or isinstance(self.scales, Scales):
-            return self.scales
-        return Scales.load(Path(self.scales))
+        if self.scales is None:
+            return None
+        scales = self.scales if isinstance(self.scales, Scales) else Scales.load(Path(self.scales))
+        calibrated = scales.calibrated_on.get("component")
+        if self.component is not None and calibrated not in (None, self.component):
+            raise QVDError(
+                f"these scales were calibrated on {calibrated}, not on {self.component}: calibrate that, too."
+            )
+        return scales
 
     def copy(self) -> QVDConfig:
         """An independent config; the calibrated scales are shared, because nothing writes to them."""
@@ -243,6 +251,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         if not is_diffusers:
             return self._for_text_encoder(module_name)
         config = self.copy()
+        config.component = module_name
         if isinstance(self.scales, Mapping):
             if module_name not in self.scales:
                 known = ", ".join(self.scales)

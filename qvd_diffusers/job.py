@@ -78,9 +78,9 @@ class Job:
         for finished, _ in enumerate(runs, start=done + 1):
             after_each(finished)
 
-    def description(self) -> dict[str, Any]:
-        """What is remembered in the scales about where they come from."""
-        where = {"pipeline": type(self.pipe).__name__, "seed": self.seed}
+    def description(self, component: str) -> dict[str, Any]:
+        """What is remembered in the scales of one component about where they come from."""
+        where = {"pipeline": type(self.pipe).__name__, "component": component, "seed": self.seed}
         if callable(self.prompts):
             return where
         plain = {name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool))}

@@ -16,7 +16,10 @@ from tqdm.auto import tqdm
 from qvd_core.cache import ScaleCache
 from qvd_core.calibrate import search_scales
 from qvd_core.checks import check_finite
+from qvd_core.convert import dequantize_layer
 from qvd_core.errors import QVDError
+from qvd_core.fingerprint import weight_probe
+from qvd_core.layers import QuantizedLayer
 from qvd_core.observation import Observation, watch
 from qvd_core.observation_state import load_observations, save_observations
 from qvd_core.scales import Scales
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 ENOUGH_FOR_STATIC = 8
 """Prompts below which static scales are known to clip; 16 or more are better."""
+
+SAME_WEIGHTS = 0.3
+"""Largest relative difference between a weight and its codes, 4-bit ones included, on the samples that are compared."""
 
 SECONDS_BETWEEN_SAVES = 60.0
 """How much sampling an interruption may cost, beside the sample that is under way."""
@@ -89,7 +95,7 @@ def calibrate(
         _sample(job, store, progress)
         with _SearchBar(progress) as bar:
             found = {
-                name: search_scales(observation, spec, bar.show, job.description(), measured)
+                name: search_scales(observation, spec, bar.show, job.description(name), measured)
                 for name, observation in observations.items()
             }
         store.finish(found)
@@ -182,7 +188,22 @@ def _observation(model: nn.Module, name: str, spec: QuantSpec, weights: str | Pa
     files = WeightFiles(weights, name, device)
     observation = Observation.of(float_skeleton(model), spec, model, files)
     files.check_shapes(observation.layers)
+    _check_same_weights(model, files)
     return observation
+
+
+def _check_same_weights(model: nn.Module, files: WeightFiles) -> None:
+    """Raise QVDError when the float weights in the files are not those that the int8 model was made from."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer) or layer.weight.is_meta or is_offloaded_to_disk(model):
+            continue
+        wanted = weight_probe(dequantize_layer(layer, torch.float32).weight)  # type: ignore[arg-type]
+        found = weight_probe(files.tensor(f"{name}.weight"))
+        if float((found - wanted).norm()) > SAME_WEIGHTS * max(float(wanted.norm()), 1e-30):
+            raise QVDError(
+                f"{name}.weight in {files.files[0].parent} is not what this {type(model).__name__} was quantized from: "
+                "give the folder it was loaded from."
+            )
 
 
 def _recorded_method(model: nn.Module) -> str | None:

@@ -18,11 +18,10 @@ from qvd_core.scales import Scales
 from qvd_diffusers.attention import AUTO, require_backend
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig, text_encoder_refusal
 from qvd_diffusers.quantizer import QVDQuantizer, refuse_image_unet, warn_of_other_settings
+from qvd_diffusers.residence import refuse_out_of_reach
 from qvd_diffusers.sampling import find_denoisers
 
 Quantizable = TypeVar("Quantizable", ModelMixin, DiffusionPipeline)
-
-_HOOKS_THAT_MOVE_OR_CAST = ("group_offloading", "layerwise_casting")
 
 
 def quantize(model_or_pipeline: Quantizable, config: QVDConfig | None = None) -> Quantizable:
@@ -81,7 +80,7 @@ class _Job:
     def check(self) -> None:
         """Raise QVDError for whatever would stop the conversion; changes nothing."""
         _refuse_quantized(self.model)
-        _refuse_out_of_reach(self.model)
+        refuse_out_of_reach(self.model)
         refuse_image_unet(self.model)
         encoding = Encoding.of(self.model, self.config.spec, self.scales)
         layers = [self.model.get_submodule(name) for name in encoding.plan]
@@ -123,22 +122,6 @@ def _refuse_quantized(model: Any) -> None:
     if getattr(model, "is_quantized", False):
         method = getattr(model.quantization_method, "value", model.quantization_method)
         raise QVDError(f"this {type(model).__name__} is quantized already, by {method}: load it in full precision.")
-
-
-def _refuse_out_of_reach(model: nn.Module) -> None:
-    """Raise QVDError when weights are not where the layers are: offloaded, or cast and moved by hooks."""
-    name = type(model).__name__
-    empty = next((key for key, tensor in model.named_parameters() if tensor.is_meta), None)
-    if empty is not None:
-        raise QVDError(
-            f"{empty} of this {name} is not in memory: quantize before enabling offloading, or while loading, with "
-            "from_pretrained(..., quantization_config=...)."
-        )
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = next((hook for hook in _HOOKS_THAT_MOVE_OR_CAST if registry and registry.get_hook(hook)), None)
-        if hook is not None:
-            raise QVDError(f"this {name} has {hook.replace('_', ' ')} enabled: quantize it first, then enable that.")
 
 
 def _check_dtype(dtype: torch.dtype, config: QVDConfig) -> None:

@@ -31,12 +31,14 @@ from qvd_diffusers.attention import AUTO, apply_attention, require_backend, rest
 from qvd_diffusers.backend_name import is_denoiser, made_from_name
 from qvd_diffusers.config import COMPUTE_DTYPES, QVDConfig
 from qvd_diffusers.mapped import OneByOne
+from qvd_diffusers.residence import refuse_to_dequantize
 from qvd_diffusers.single_file import SingleFile, recorded_config
 from qvd_diffusers.streaming import (
     QUANTIZED_ALREADY,
     Device,
     Encoder,
     check_recorded_plan,
+    check_savable,
     check_stored_values,
     enumerate_names,
     expect_float_weights,
@@ -350,8 +352,16 @@ class QVDQuantizer(DiffusersQuantizer):
         if config.attention is not None:
             (restore_attention if self.pre_quantized else apply_attention)(model, config.attention)
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is saved. Raises QVDError for a folder that could not be loaded again."""
+        check_savable(state_dict, self._plan)
+        return state_dict, {}
+
     def _dequantize(self, model: Any) -> Any:
         """Back to float layers; the config entry goes, or the saved float model would be taken for a quantized one."""
+        refuse_to_dequantize(model)
         dequantize_model(model)
         forget_quantization(model)
         return model

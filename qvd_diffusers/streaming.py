@@ -177,6 +177,24 @@ def owner_of(name: str) -> str:
     return split_name(name)[0].removesuffix(".weight")
 
 
+def check_savable(tensors: Mapping[str, Tensor], plan: Iterable[str]) -> None:
+    """Raise QVDError for a state dict that could not be loaded again: of adapters, cast or offloaded layers."""
+    if any(".base_layer." in name for name in tensors):
+        raise QVDError(
+            "the model holds an adapter (LoRA): unload it before saving; a fused one leaves its weights behind."
+        )
+    for layer in plan:
+        tensor = tensors.get(f"{layer}.weight")
+        scale = tensors.get(f"{layer}.weight_scale")
+        if tensor is None or scale is None or tensor.is_meta:
+            raise QVDError(f"layer {layer} is not in memory, or was exchanged: save the model before changing it.")
+        if not scale.is_meta and not bool((scale > 0).all()):
+            raise QVDError(f"the tensors of layer {layer} are offloaded to disk: save the model before enabling that.")
+    cast = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
+    if cast:
+        raise QVDError(f"{enumerate_names(cast)} is cast to 8 bits (layerwise casting): save the model before that.")
+
+
 def enumerate_names(names: Iterable[str], limit: int = 3) -> str:
     """A short list for a message: the first names in order, and how many more there are."""
     ordered = sorted(names)

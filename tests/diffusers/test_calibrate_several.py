@@ -77,7 +77,7 @@ class TestTwoExperts:
     ) -> None:
         swapped = {"transformer": scales["transformer_2"], "transformer_2": scales["transformer"]}
         for wrong in (scales["transformer"], swapped):
-            with pytest.raises(QVDError, match="weight"):
+            with pytest.raises(QVDError, match="calibrated on"):
                 DiffusionPipeline.from_pretrained(wan22_folder, quantization_config=QVDConfig(scales=wrong))
         with pytest.raises(QVDError, match="given for transformer, but transformer_2 is to be quantized, too"):
             config = QVDConfig(scales={"transformer": scales["transformer"]})
