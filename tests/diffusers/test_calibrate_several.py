@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qvd_core.layers import QuantizedLayer
 from qvd_diffusers import QVDConfig, QVDError, Scales, calibrate
-from tests.diffusers.tiny import PROMPTS, WAN_CALL, sample_frames
+from tests.diffusers.tiny import PROMPTS, WAN_CALL, group_offload, sample_frames
 
 EXPERTS = ("transformer", "transformer_2")
 
@@ -93,12 +93,6 @@ class TestTwoExperts:
             calibrate(pipe, PROMPTS[0], cache=False, progress=False, **WAN_CALL)
 
 
-def group_offload(pipe: WanPipeline, **options: Any) -> None:
-    pipe.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **options
-    )
-
-
 OFFLOADING: dict[str, Any] = {
     "model": lambda pipe, folder: pipe.enable_model_cpu_offload(device="cpu"),
     "sequential": lambda pipe, folder: accelerate.cpu_offload(pipe.transformer, torch.device("cpu")),
@@ -106,13 +100,13 @@ OFFLOADING: dict[str, Any] = {
         pipe.transformer, folder, torch.device("cpu")
     ),
     "groups of blocks": lambda pipe, folder: group_offload(
-        pipe, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=None
+        pipe.transformer, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=None
     ),
     "groups of blocks, from disk": lambda pipe, folder: group_offload(
-        pipe, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder)
+        pipe.transformer, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder)
     ),
     "leaves, from disk": lambda pipe, folder: group_offload(
-        pipe, offload_type="leaf_level", offload_to_disk_path=str(folder)
+        pipe.transformer, offload_type="leaf_level", offload_to_disk_path=str(folder)
     ),
 }
 

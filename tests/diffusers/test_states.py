@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qvd_core.layers import QuantizedLayer
 from qvd_diffusers import QVDConfig, QVDError, calibrate, quantize
-from tests.diffusers.tiny import PROMPTS, WAN_CALL
+from tests.diffusers.tiny import PROMPTS, WAN_CALL, group_offload
 
 SAVING_ASKS = hasattr(diffusers.quantizers.base.DiffusersQuantizer, "get_state_dict_and_metadata")
 
@@ -29,7 +29,7 @@ def model(wan_folder: Path) -> Any:
 
 
 def to_disk(model: Any, folder: Path) -> None:
-    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(folder))
+    group_offload(model, offload_type="leaf_level", offload_to_disk_path=str(folder))
 
 
 def cast(model: Any, folder: Path) -> None:

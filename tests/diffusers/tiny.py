@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
@@ -122,6 +123,14 @@ def tiny_animate_diff() -> AnimateDiffPipeline:
         ),
         scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
     )
+
+
+def group_offload(model: Any, **options: Any) -> None:
+    """Group offloading as far as it goes without an accelerator: from the CPU to the CPU, or to a folder."""
+    try:
+        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **options)
+    except AttributeError:
+        pytest.skip("this diffusers cannot offload groups from a CPU")
 
 
 def sample_frames(pipe: Any, call: dict[str, Any], seed: int = 0) -> torch.Tensor:
