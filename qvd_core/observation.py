@@ -163,7 +163,7 @@ def _refuse_training(model: nn.Module) -> None:
         if module.training and isinstance(module, disturbing) and getattr(module, "p", 1.0) > 0:
             raise QVDError(
                 f"{type(model).__name__} is in training mode, where {name} ({type(module).__name__}) changes what the "
-                "layers see: call eval() on the model before calibrating it."
+                "layers see: switch the model to evaluation mode before calibrating it."
             )
 
 

@@ -17,13 +17,13 @@ from qvd_core.temporal_layer import TemporalLinear
 from qvd_core.weights import fold_transform
 
 
-def skeleton(layer: QuantizedLayer) -> nn.Module:
+def skeleton(layer: QuantizedLayer, bias: bool | None = None) -> nn.Module:
     """A float layer of the same class, shapes, dtype and device, for code that only looks at these; it has no values.
 
-    All elements of its weight and of its bias share one place in memory.
+    All elements of its weight and of its bias share one place in memory. bias: whether it has one; default: as `layer`.
     """
     with torch.device("meta"):
-        twin = plain_twin(layer, layer.bias is not None)
+        twin = plain_twin(layer, layer.bias is not None if bias is None else bias)
     for name, parameter in list(twin.named_parameters()):
         value = torch.zeros(1, dtype=layer.compute_dtype, device=layer.weight.device).expand(parameter.shape)
         setattr(twin, name, nn.Parameter(value, requires_grad=False))

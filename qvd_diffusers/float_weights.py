@@ -16,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qvd_core.errors import QVDError
+from qvd_core.fingerprint import weight_probe
 from qvd_core.weight_source import WeightSource, own_weights
+from qvd_diffusers.residence import groups_on_disk
 
 
 def weights_behind_hooks(model: nn.Module) -> WeightSource:
     """The weights of a model that is in memory, or offloaded by accelerate or by diffusers."""
     layers = dict(model.named_modules())
     read = own_weights(layers)
-    groups = _groups_on_disk(model)
+    groups = groups_on_disk(model)
 
     def fetch(name: str) -> tuple[Tensor, Tensor | None]:
         layer = layers[name]
@@ -35,23 +37,6 @@ def weights_behind_hooks(model: nn.Module) -> WeightSource:
             return weight.clone(), None if bias is None else bias.clone()
 
     return fetch
-
-
-def is_offloaded_to_disk(model: nn.Module) -> bool:
-    """Whether diffusers' group offloading keeps weights in files: the tensors in the layers then hold anything."""
-    return bool(_groups_on_disk(model))
-
-
-def _groups_on_disk(model: nn.Module) -> dict[nn.Module, Any]:
-    """By layer, the group of diffusers' group offloading that keeps its weights in a file."""
-    groups: dict[nn.Module, Any] = {}
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = registry.get_hook("group_offloading") if registry is not None else None
-        group: Any = getattr(hook, "group", None)
-        if group is not None and group.offload_to_disk_path:
-            groups.update((layer, group) for part in group.modules for layer in part.modules())
-    return groups
 
 
 @contextmanager
@@ -97,6 +82,11 @@ class WeightFiles:
         if name not in self.home:
             raise QVDError(f"{self.files[0].parent} has no {name}: these are the weights of another model.")
         return self.home[name]
+
+    def probe(self, name: str) -> Tensor:
+        """float32 [<= 64] samples of a tensor of any type; of the file, only their pages are read."""
+        with _opened(self._file_of(name)) as file:
+            return weight_probe(file.get_tensor(name))
 
     def tensor(self, name: str) -> Tensor:
         with _opened(self._file_of(name)) as file:

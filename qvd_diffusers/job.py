@@ -19,7 +19,8 @@ from qvd_core.errors import QVDError
 from qvd_core.fingerprint import content_fingerprint, structure_fingerprint, weight_probe
 from qvd_core.observation import Observation
 from qvd_core.spec import QuantSpec
-from qvd_diffusers.float_weights import WeightFiles, is_offloaded_to_disk
+from qvd_diffusers.float_weights import WeightFiles
+from qvd_diffusers.residence import is_offloaded_to_disk
 from qvd_diffusers.samples import Sample, as_samples, check_call, content_of
 from qvd_diffusers.sampling import models_of, quiet, sample_all
 
@@ -92,8 +93,10 @@ class Job:
         models = {name: _content_of_model(observation) for name, observation in self.observations.items()}
         if callable(self.prompts) or None in models.values():
             return None
-        arguments = [*self.call.values(), *(value for sample in self.prompts for value in sample.values())]
-        if any(content_of(value) is None for value in arguments):
+        call, *samples = (
+            {name: content_of(value) for name, value in arguments.items()} for arguments in (self.call, *self.prompts)
+        )
+        if any(None in arguments.values() for arguments in (call, *samples)):
             logger.info("Not caching: an argument of the pipeline call has no content that could be compared.")
             return None
         return cache_key(
@@ -102,8 +105,8 @@ class Job:
                 "models": models,
                 "pipeline": self._surroundings(),
                 "spec": self.spec.to_dict(),
-                "samples": [{name: content_of(value) for name, value in sample.items()} for sample in self.prompts],
-                "call": {name: content_of(value) for name, value in self.call.items()},
+                "samples": samples,
+                "call": call,
                 "seed": self.seed,
                 "sensitivity": self.sensitivity,
             }
@@ -136,9 +139,8 @@ def _content_of_model(observation: Observation) -> str | None:
 def _content_of_files(skeleton: nn.Module, weights: WeightFiles) -> str:
     digest = hashlib.sha256(structure_fingerprint(skeleton).encode())
     for name in sorted(weights.home):
-        probe = weight_probe(weights.tensor(name))
         digest.update(f"|{name}".encode())
-        digest.update(probe.numpy().tobytes())
+        digest.update(weights.probe(name).numpy().tobytes())
     return f"files:{digest.hexdigest()[:32]}"
 
 

@@ -25,8 +25,9 @@ from qvd_core.observation_state import load_observations, save_observations
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import QVDConfig
-from qvd_diffusers.float_weights import WeightFiles, float_skeleton, is_offloaded_to_disk, weights_behind_hooks
+from qvd_diffusers.float_weights import WeightFiles, float_skeleton, weights_behind_hooks
 from qvd_diffusers.job import Job
+from qvd_diffusers.residence import is_offloaded_to_disk
 from qvd_diffusers.samples import Sample
 from qvd_diffusers.sampling import find_denoisers
 
@@ -194,8 +195,10 @@ def _observation(model: nn.Module, name: str, spec: QuantSpec, weights: str | Pa
 
 def _check_same_weights(model: nn.Module, files: WeightFiles) -> None:
     """Raise QVDError when the float weights in the files are not those that the int8 model was made from."""
+    if is_offloaded_to_disk(model):
+        return
     for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLayer) or layer.weight.is_meta or is_offloaded_to_disk(model):
+        if not isinstance(layer, QuantizedLayer) or layer.weight.is_meta:
             continue
         wanted = weight_probe(dequantize_layer(layer, torch.float32).weight)  # type: ignore[arg-type]
         found = weight_probe(files.tensor(f"{name}.weight"))

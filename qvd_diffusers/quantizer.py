@@ -81,6 +81,7 @@ class QVDQuantizer(DiffusersQuantizer):
         self._plan: dict[str, LayerPlan] = {}
         self._encoder: Encoder | None = None
         self._in_checkpoint: list[str] | None = None
+        self._unexpected_unseen = False
         self._known: frozenset[str] = frozenset()
         self._outstanding: set[str] = set()
         self._lock = threading.Lock()
@@ -247,6 +248,7 @@ class QVDQuantizer(DiffusersQuantizer):
         if self._leaves_float:
             return missing_keys
         if self._in_checkpoint is None:  # older versions of diffusers do not show the names any sooner
+            self._unexpected_unseen = True  # nor, here, those the model does not have
             self._in_checkpoint = sorted(set(model.state_dict()) - set(missing_keys))
             self._expect(model, self._in_checkpoint)
         if self._encoder is None:
@@ -283,7 +285,9 @@ class QVDQuantizer(DiffusersQuantizer):
             floats = stored.is_floating_point() and self._asked_dtype is None  # `compute_dtype` is not for this model
             place(module, suffix, stored.to(torch.get_default_dtype() if floats else param_value.dtype), target_device)
             return
-        self._refuse_unplanned(unexpected_keys or ())
+        if self._unexpected_unseen:
+            self._unexpected_unseen = False
+            self._refuse_unplanned(unexpected_keys or ())
         if layer not in self._plan:
             dtype = stored.dtype if self._keeps_stored_types else param_value.dtype
             value = unquantized(stored, stored_tensors(module)[suffix], param_name, dtype)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from qvd_core.errors import QVDError
 from qvd_core.layers import QuantizedLayer
+from qvd_core.requantize import skeleton
+from qvd_diffusers.float_weights import float_skeleton
 
 
 @contextmanager
@@ -27,8 +28,8 @@ def rebuilding(model: nn.Module) -> Iterator[nn.Module]:
     Raises QVDError when the layer a quantized one belongs to is gone.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-    original = _skeleton(model)
-    hidden = {name: _float_twin(layer, _had_bias(layer, original.get(name))) for name, layer in layers.items()}
+    original = dict(float_skeleton(model).named_modules())
+    hidden = {name: skeleton(layer, _had_bias(layer, original.get(name))) for name, layer in layers.items()}
     for name, twin in hidden.items():
         model.set_submodule(name, twin)
     try:
@@ -45,35 +46,9 @@ def rebuilding(model: nn.Module) -> Iterator[nn.Module]:
         )
 
 
-def _skeleton(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the float model of the same configuration, without any weights."""
-    with torch.device("meta"):
-        return dict(type(model).from_config(model.config).named_modules())  # type: ignore[attr-defined]
-
-
 def _had_bias(layer: QuantizedLayer, original: nn.Module | None) -> bool:
     """Whether the float layer had a bias: calibration may have given the quantized one its first."""
     return layer.bias is not None and getattr(original, "bias", layer.bias) is not None
-
-
-def _float_twin(layer: QuantizedLayer, bias: bool) -> nn.Module:
-    """A float layer with one number for a weight, seen in the shape of the quantized layer's."""
-    with torch.device("meta"):
-        twin: nn.Module
-        if isinstance(layer, nn.Linear):
-            twin = nn.Linear(layer.in_features, layer.out_features, bias=bias)
-        else:
-            assert isinstance(layer, nn.Conv2d | nn.Conv3d)
-            twin = (nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv3d)(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,  # type: ignore[arg-type]
-                bias=bias,
-            )
-    number = torch.zeros((), dtype=layer.compute_dtype, device=layer.weight.device)
-    for name, parameter in list(twin.named_parameters()):
-        setattr(twin, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
-    return twin
 
 
 def _places(model: nn.Module, hidden: dict[str, nn.Module]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import logging
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -256,8 +257,9 @@ class _Claim(ConversionOps):
             self.quantizer.note(error)
             return {full_layer_name: torch.zeros(model.get_parameter(full_layer_name).shape)}
 
+    @abstractmethod
     def _converted(self, name: str, tensor: Tensor, model: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Tensors by full name, made of the one that the file has for `name`."""
 
 
 class _Quantize(_Claim):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,21 +13,16 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qvd_diffusers import QVDConfig, QVDError
+from tests.diffusers.damaged import INDEX, LAYER, ONES, WEIGHTS, cast, edit, edit_json, shards
 from tests.diffusers.tiny import tiny_wan_transformer
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-LAYER = "blocks.0.attn1.to_q"
 PROJECTION = "condition_embedder.time_proj"
-ONES = torch.ones(32)
 SHOWS_FILES = hasattr(DiffusersQuantizer, "maybe_update_state_dict")
 NAMES_ONLY = "this version of diffusers shows a quantizer the names of a checkpoint's tensors, not their types"
-
-Change = Callable[[dict[str, Tensor]], Any]
 
 
 def load(folder: Path, **arguments: Any) -> Any:
@@ -56,28 +50,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(saved: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of one of the saved folders."""
     return lambda name: Path(shutil.copytree(saved / name, tmp_path / name))
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-of-*.safetensors"))
-
-
-def edit(path: Path, change: Change) -> None:
-    """Change the tensors of a file, or of a folder's only file."""
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def cast(name: str, dtype: torch.dtype) -> Change:
-    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
 
 
 # Types

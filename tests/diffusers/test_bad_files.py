@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -20,15 +19,10 @@ import qvd_diffusers.mapped
 from qvd_diffusers import QVDConfig, QVDError, calibrate
 from qvd_diffusers.float_weights import WeightFiles
 from qvd_diffusers.mapped import OneByOne
+from tests.diffusers.damaged import INDEX, LAYER, ONES, WEIGHTS, Change, cast, edit, edit_json, shards
 from tests.diffusers.tiny import PROMPTS, WAN_CALL, tiny_wan_transformer
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-LAYER = "blocks.0.attn1.to_q"
-ONES = torch.ones(32)
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists a process's mappings")
-
-Change = Callable[[dict[str, Tensor]], Any]
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +38,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(saved: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of one of the saved folders."""
     return lambda name: Path(shutil.copytree(saved / name, tmp_path / name))
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-of-*.safetensors"))
-
-
-def edit(path: Path, change: Change) -> None:
-    """Change the tensors of a file, or of a folder's only file."""
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def cast(name: str, dtype: torch.dtype) -> Change:
-    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
 
 
 # Files that change while they are read
