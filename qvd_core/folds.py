@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qvd_core.errors import QVDError
 from qvd_core.families import Family, Fold
 from qvd_core.families.patterns import matches
+from qvd_core.layer_kinds import layer_kind
 from qvd_core.transform import Transform
 
 
@@ -258,7 +259,7 @@ def _slots(modules: Mapping[str, nn.Module], fold: Fold, producer: str, inputs: 
     module = modules.get(producer)
     if fold.kind == "norm":
         return _norm_slots(module, producer)
-    if type(module) is not nn.Linear:  # a subclass or a wrapper may compute something else
+    if not isinstance(module, nn.Linear) or layer_kind(module) is None:  # a wrapper may compute something else
         return []
     if fold.kind == "value":
         return _row_slots(module, producer, 0, module.out_features, takes_shift=not addend)
@@ -315,8 +316,8 @@ def _table_slots(modules: Mapping[str, nn.Module], fold: Fold, name: str, channe
 def _inputs(module: nn.Module) -> int | None:
     """Input channels of a layer that can be quantized; None for anything else."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
-        return module.in_channels if module.groups == 1 and type(module) in (nn.Conv2d, nn.Conv3d) else None
-    return module.in_features if type(module) is nn.Linear else None
+        return module.in_channels if module.groups == 1 and layer_kind(module) is not None else None
+    return module.in_features if isinstance(module, nn.Linear) and layer_kind(module) is not None else None
 
 
 def _pads(module: nn.Module) -> bool:

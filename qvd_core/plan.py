@@ -17,6 +17,7 @@ from torch import nn
 from qvd_core.errors import QVDError
 from qvd_core.families import Family, family_or_generic
 from qvd_core.families.patterns import has_parts
+from qvd_core.layer_kinds import LayerKind, layer_kind
 from qvd_core.scales import MOST_STEPS, LayerScales, Scales
 from qvd_core.sensitivity import most_sensitive
 from qvd_core.spec import QuantSpec
@@ -24,11 +25,8 @@ from qvd_core.steps import fewer_buckets
 
 logger = logging.getLogger(__name__)
 
-LayerKind = Literal["linear", "conv2d", "conv3d", "temporal"]
 OptionalTensor = Literal["bias", "input_shift", "input_scale", "activation_scale", "codebook"]
 StepsBy = Literal["layer", "timestep", "major", "minor"]
-
-_KINDS: dict[type[nn.Module], LayerKind] = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 TEMPORAL_WEIGHT_BITS = 8  # a temporal weight is read once per timestep: fewer bits would save no time
 
@@ -55,11 +53,8 @@ class LayerPlan:
 
 
 def quantizable_layers(model: nn.Module, family: Family, spec: QuantSpec) -> dict[str, nn.Module]:
-    """Every linear and convolution of `model` that `family` and `spec` let go to int8, by name, in model order.
-
-    Only exact classes are taken: a subclass may compute something else.
-    """
-    candidates = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
+    """Every linear and convolution of `model` that `family` and `spec` let go to int8, by name, in model order."""
+    candidates = {name: module for name, module in model.named_modules() if layer_kind(module) is not None}
     generic = not family.classes
     outermost = set(list(candidates)[:1] + list(candidates)[-1:]) if generic and len(candidates) > 2 else set()
     return {
@@ -187,8 +182,10 @@ def _plan_gemm(name: str, module: nn.Module, spec: QuantSpec, scales: Scales | N
     # A portable layer's shift is in its producer; its W z still needs a bias of its own.
     folds_into_bias = calibrated is not None and (spec.bias_correction or shifted or scaled or spec.portable)
     steps, steps_by = _plan_steps(name, spec, calibrated)
+    kind = layer_kind(module)
+    assert kind is not None
     return LayerPlan(
-        _KINDS[type(module)],
+        kind,
         _present(
             bias=module.bias is not None or folds_into_bias,
             input_shift=shifted,
