@@ -17,6 +17,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from qvd_core.errors import QVDError
+from qvd_core.presets import PRESETS
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 
@@ -128,21 +129,12 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
 
         Needs calibrated scales. Not the most accurate choice: `log2` codes do not get finer with more bits.
         """
-        recipe: dict[str, Any] = {
-            "activation": "static_frame",
-            "shift": True,
-            "scale": "threshold",
-            "range": "minmax",
-            "rounding": "nearest",
-            "temporal_quantizer": "log2",
-            "bias_correction": False,
-        }
-        return cls(**{**recipe, **overrides})
+        return cls(**{**PRESETS["paper"], **overrides})
 
     @classmethod
     def fast(cls, **overrides: Any) -> QVDConfig:
         """The least work while sampling: one dynamic scale per token, no shift or scale per channel; needs no data."""
-        return cls(**{"activation": "token", "shift": False, "scale": "none", **overrides})
+        return cls(**{**PRESETS["fast"], **overrides})
 
     @classmethod
     def best(cls, **overrides: Any) -> QVDConfig:
@@ -151,8 +143,7 @@ class QVDConfig(QuantizationConfigMixin, _TransformersConfigMixin, PipelineQuant
         Dynamic scales on top of a calibrated shift, scale and rotation, and error-compensating rounding. Needs
         calibrated scales.
         """
-        recipe: dict[str, Any] = {"activation": "token", "rotate": True, "rounding": "gptq"}
-        return cls(**{**recipe, **overrides})
+        return cls(**{**PRESETS["best"], **overrides})
 
     def load_scales(self) -> Scales | None:
         """The scales of one model, read where they are given as a path. Raises QVDError when they are several."""
