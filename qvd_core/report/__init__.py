@@ -1,0 +1,26 @@
+"""The report of a quantization: what was done to a model and what it cost, as data, pictures and one HTML page."""
+
+from qvd_core.report.collect import collect
+from qvd_core.report.comparison import (
+    VideoComparison,
+    compare_videos,
+    comparison_chart,
+    frame_strip,
+    side_by_side,
+)
+from qvd_core.report.data import Report
+from qvd_core.report.figures import FIGURES, summary_picture
+from qvd_core.report.page import write_report
+
+__all__ = [
+    "FIGURES",
+    "Report",
+    "VideoComparison",
+    "collect",
+    "compare_videos",
+    "comparison_chart",
+    "frame_strip",
+    "side_by_side",
+    "summary_picture",
+    "write_report",
+]
