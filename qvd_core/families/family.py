@@ -12,6 +12,22 @@ FrameOrder = Literal["major", "minor"]
 
 
 @dataclass(frozen=True)
+class Sinusoid:
+    """The embedding of a timestep in sines and cosines, where a model computes it in a function, not in a module.
+
+    Timesteps [T] become [T, C]: of the angles factor * timestep * maximum_period ** (-i / half), half = C // 2, for i
+    below half, first all cosines, then all sines, then a zero where C is odd. C is what the next linear reads.
+
+    factor: what timesteps are multiplied by. maximum_period: of the slowest sinusoid, nearly, in steps times 2 pi.
+    sine_first: the sines before the cosines.
+    """
+
+    factor: float = 1.0
+    maximum_period: float = 10000.0
+    sine_first: bool = False
+
+
+@dataclass(frozen=True)
 class Fold:
     """One place where SCRI's shift z and scale s move into what computes the input of some layers. METHOD section 3.
 
@@ -47,10 +63,14 @@ class Family:
 
     name: what people call it.
     classes: model class names it stands for.
+    signature: modules that a model of the family has, where others have a class of the same name.
+    image: it makes single images. QVD is made for videos; nothing but a note to the user follows from this.
     keep: layers that stay in full precision (embedders, the final projection).
     temporal: projections of the timestep embedding (M = batch): int8 weights, HTDQ features.
     temporal_features: modules to call one after the other on a timestep `[T]` to get the input of the temporal
-        projections `[T, C]`; empty where the embedding also holds text, fps or guidance.
+        projections `[T, C]`, after a `Sinusoid` where that is no module; empty where the embedding also holds text, fps
+        or guidance.
+    timestep_range: the lowest and the highest timestep that a sampler hands to the model.
     other_conditions: modules that add such terms in some models of the family; where one exists, `find_family` gives
         the family without temporal_features.
     shared_inputs: (parent pattern, names below it): linears below one parent that read the same tensor.
@@ -63,13 +83,15 @@ class Family:
         layer (of a convolution: its pixels), for B latents of F frames. "major": (m // (M / (B * F))) % F;
         "minor": m % F. None, or no match: the layer mixes frames or text in, or was not looked at.
     folds: where shift and scale can move into the producer of a layer's input.
+    minimum_features: layers with fewer inputs or outputs stay in full precision.
     """
 
     name: str
     classes: tuple[str, ...]
     keep: tuple[str, ...]
     temporal: tuple[str, ...] = ()
-    temporal_features: tuple[str, ...] = ()
+    temporal_features: tuple[str | Sinusoid, ...] = ()
+    timestep_range: tuple[float, float] = (0.0, 1000.0)
     other_conditions: tuple[str, ...] = ()
     shared_inputs: tuple[tuple[str, tuple[str, ...]], ...] = ()
     prompt_inputs: tuple[str, ...] = ()
@@ -79,6 +101,8 @@ class Family:
     frame_order: tuple[tuple[str, FrameOrder | None], ...] = ()
     folds: tuple[Fold, ...] = ()
     minimum_features: int = 1
+    signature: tuple[str, ...] = ()
+    image: bool = False
 
     def keeps(self, layer: str) -> bool:
         return matches(layer, self.keep)

@@ -9,6 +9,7 @@ from typing import Any
 from qvd_core.errors import QVDError
 from qvd_core.families import (
     cogvideox,
+    comfyui,
     cosmos,
     hunyuan,
     joyimage,
@@ -39,9 +40,14 @@ FAMILIES: tuple[Family, ...] = (
     *sana.FAMILIES,
     *unets.FAMILIES,
 )
+"""Of the models of diffusers."""
+
+COMFYUI_FAMILIES: tuple[Family, ...] = comfyui.FAMILIES
+"""Of the models of ComfyUI: what its `BaseModel.diffusion_model` is."""
 
 GENERIC_MINIMUM_FEATURES = 64
 GENERIC = Family(name="generic", classes=(), keep=(), minimum_features=GENERIC_MINIMUM_FEATURES)
+GENERIC_IMAGE = replace(GENERIC, name="generic image", image=True)
 
 # Class names of what QVD does not quantize: image and audio denoisers, autoencoders, text and image encoders.
 # Names of one part, so the pattern grammar's "*" cannot be used; a prefix or suffix says enough.
@@ -55,7 +61,10 @@ def find_family(model: Any) -> Family | None:
     For a model whose timestep embedding also holds other conditions: its family without temporal_features.
     """
     name = _class_name(model)
-    family = next((family for family in FAMILIES if name in family.classes), None)
+    same_class = [family for family in (*FAMILIES, *COMFYUI_FAMILIES) if name in family.classes]
+    # Entries with a signature first: those without one take every model of their class.
+    same_class.sort(key=lambda family: isinstance(model, str) or not family.signature)
+    family = next((family for family in same_class if isinstance(model, str) or _is_signed(model, family)), None)
     if family is not None and any(_has_part(model, path) for path in family.other_conditions):
         return replace(family, temporal_features=())
     return family
@@ -64,25 +73,51 @@ def find_family(model: Any) -> Family | None:
 def family_or_generic(model: Any) -> Family:
     """The family of a model, or the generic rule for an unknown denoiser (one log line says so).
 
-    Raises QVDError for a model that is known not to be a video denoiser.
+    Raises QVDError for a model that is known not to be a video denoiser. What ComfyUI calls a diffusion model is one,
+    or makes images, which a second line says.
     """
     family = find_family(model)
-    if family is not None:
-        return family
     name = _class_name(model)
-    if name.startswith(_NOT_VIDEO_PREFIXES) or name.endswith(_NOT_VIDEO_SUFFIXES):
-        known = ", ".join(known_class for entry in FAMILIES for known_class in entry.classes)
-        raise QVDError(
-            f"{name} is not a video denoiser, so QVD does not quantize it; "
-            f"pass a video pipeline or its denoiser (for example {known})."
+    if family is None:
+        image = is_image_model(model)
+        if _is_refused(name) and not image:
+            known = ", ".join(known_class for entry in FAMILIES for known_class in entry.classes)
+            raise QVDError(
+                f"{name} is not a video denoiser, so QVD does not quantize it; "
+                f"pass a video pipeline or its denoiser (for example {known})."
+            )
+        logger.warning(
+            "QVD has no entry for %s: using the generic rule (linear and convolution layers with at least %d inputs "
+            "and outputs, the first and the last layer kept).",
+            name,
+            GENERIC_MINIMUM_FEATURES,
         )
-    logger.warning(
-        "QVD has no entry for %s: using the generic rule (linear and convolution layers with at least %d inputs "
-        "and outputs, the first and the last layer kept).",
-        name,
-        GENERIC_MINIMUM_FEATURES,
-    )
-    return GENERIC
+        family = GENERIC_IMAGE if image else GENERIC
+    if family.image:
+        logger.info("%s makes images: QVD quantizes it, but is made for and measured on video models.", name)
+    return family
+
+
+def is_image_model(model: Any) -> bool:
+    """Whether a model makes single images: QVD works on those of ComfyUI, but is made for and measured on video."""
+    family = find_family(model)
+    if family is not None:
+        return family.image
+    name = _class_name(model)
+    return _is_comfyui(model) and (name in comfyui.IMAGE_DENOISERS or name.endswith("2DModel"))
+
+
+def _is_refused(name: str) -> bool:
+    return name.startswith(_NOT_VIDEO_PREFIXES) or name.endswith(_NOT_VIDEO_SUFFIXES)
+
+
+def _is_comfyui(model: Any) -> bool:
+    """Whether the class of a model is ComfyUI's own: some image models have the same name in diffusers."""
+    return type(model).__module__.partition(".")[0] == "comfy"
+
+
+def _is_signed(model: Any, family: Family) -> bool:
+    return all(_has_part(model, path) for path in family.signature)
 
 
 def _has_part(model: Any, path: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ from qvd_core.folds import TensorEdit, fold_sites, producer_edits
 from qvd_core.plan import quantizable_layers
 from qvd_core.transform import Transform
 from qvd_core.weights import per_input_channel, sum_over_inputs
-from tests.tiny_models import TinyFamily
+
+if TYPE_CHECKING:  # the tests of ComfyUI's models come here too, without diffusers
+    from tests.tiny_models import TinyFamily
 
 
 def family_of(tiny: TinyFamily) -> Family:
