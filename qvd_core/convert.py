@@ -164,12 +164,19 @@ def fit_temporal_layers(model: nn.Module, spec: QuantSpec) -> None:
 
 
 def _fit_data_free(model: nn.Module, projections: Sequence[nn.Module], spec: QuantSpec) -> TemporalQuantizer | None:
-    """One codebook for temporal projections, float or int8, from the model's timestep embedding; changes nothing."""
+    """One codebook for temporal projections, float or int8, of this model."""
+    return fit_data_free(model, StackedWeights(count_outputs(projections), _float_weights(projections)), spec)
+
+
+def fit_data_free(model: nn.Module, weights: StackedWeights, spec: QuantSpec) -> TemporalQuantizer | None:
+    """One codebook for the temporal projections with these weights, from the model's own timestep embedding.
+
+    None where there are no projections, or where the embedding also holds what only a run shows. Changes nothing.
+    """
     family = find_family(model)
-    features = grid_features(model, family) if projections and family is not None else {}
+    features = grid_features(model, family) if weights.rows and family is not None else {}
     if not features:
         return None
-    weights = StackedWeights(count_outputs(projections), _float_weights(projections))
     quantizer, report = fit_codebook(stack_features(features), weights, spec)
     logger.info("HTDQ (data-free): %s, TDScore kept %.4f", quantizer.name, report["tdr"])
     return quantizer

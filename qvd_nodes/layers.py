@@ -1,0 +1,330 @@
+"""int8 layers for ComfyUI: its own layers on the outside, QVD's on the inside.
+
+ComfyUI loads, offloads, casts and patches `weight` and `bias`; a call then hands what came of that to a layer of
+`qvd_core`, which does all the arithmetic. That inner layer is built again only when the weight is another object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvd_core.clock import SamplingClock
+from qvd_core.errors import QVDError
+from qvd_core.families import family_or_generic
+from qvd_core.layers import QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
+from qvd_core.plan import plan_to_list
+from qvd_core.temporal_layer import TemporalLinear
+from qvd_nodes._comfy import QuantizedTensor, ops
+from qvd_nodes.layout import CALIBRATED, LAYOUT_NAME, QVDInt8Layout, is_quantized
+
+FORMAT = "qvd_int8"
+"""The name of QVD's layers in `comfy_quant` entries; ComfyUI without QVD refuses it by this name."""
+
+
+class ComfyTemporalLinear(TemporalLinear):
+    """A temporal projection that asks ComfyUI for its weight only when a timestep is not in its table."""
+
+    operands: Callable[[torch.device], tuple[Tensor, Tensor | None]]
+
+    def _operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        return self.operands(device)
+
+
+_INNER_CLASSES: dict[str, type[QuantizedLayer]] = {
+    "linear": QuantLinear,
+    "conv2d": QuantConv2d,
+    "conv3d": QuantConv3d,
+    "temporal": ComfyTemporalLinear,
+}
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A temporal projection with its table, and all that the table's rows depend on."""
+
+    state: tuple[Any, ...]
+    device: torch.device
+    inner: ComfyTemporalLinear
+
+    def holds_for(self, state: tuple[Any, ...], device: torch.device) -> bool:
+        same = len(state) == len(self.state) and all(a is b for a, b in zip(state, self.state, strict=True))
+        return same and device == self.device
+
+
+class QuantizedOp(nn.Module):
+    """What QVD's layers have in common, before one of ComfyUI's own layer classes in the order of bases.
+
+    Until it is given a quantized weight, such a layer is ComfyUI's own.
+    clock: of the model, for scales that follow the timestep or the frame.
+    """
+
+    weight: Any
+    bias: Any
+    weight_function: list[Callable[[Tensor], Tensor]]
+    bias_function: list[Callable[[Tensor], Tensor]]
+    clock: SamplingClock | None = None
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_quantized(self.weight):
+            return super().forward(input, *args, **kwargs)  # type: ignore[no-any-return]
+        if args or any(value is not None for value in kwargs.values()):
+            raise QVDError(f"an int8 {type(self).__name__} takes no other arguments than its input.")
+        ops.run_every_op()
+        if self.weight._params.recipe.plan.kind == "temporal":
+            return self._project(input)
+        with self._cast(input.device, input.dtype) as (weight, bias):
+            return self._inner(weight, bias)(input)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[QuantizedTensor, Tensor | None]]:
+        """The weight and bias where they are needed, with every patch that is not yet in them.
+
+        The weight stays quantized: one that a patch has made float is quantized again, so that a LoRA gives the same
+        video whether its layer is offloaded or not.
+        """
+        cast = ops.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=device,
+            bias_dtype=dtype,
+            offloadable=True,
+            compute_dtype=torch.float32,
+            want_requant=True,
+        )
+        weight, bias, _ = cast
+        try:
+            if not is_quantized(weight):
+                weight = self._requantized(weight)
+            yield weight, bias
+        finally:
+            ops.uncast_bias_weight(self, *cast)
+
+    def _inner(self, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
+        """The layer of the core with these tensors; the last one when they are the same."""
+        known = self.__dict__.get("_known")
+        if known is not None and known[0] is weight and known[1] is bias and known[2] is self.clock:
+            inner: QuantizedLayer = known[3]
+            return inner
+        inner = inner_layer(self, weight, bias)
+        # Not as a submodule: it is no part of the model, and must neither be moved nor saved with it.
+        self.__dict__["_known"] = (weight, bias, self.clock, inner)
+        return inner
+
+    def _project(self, input: Tensor) -> Tensor:
+        """A temporal projection, whose rows mostly come from a table that lives as long as nothing it holds changes."""
+        patches = [getattr(self, f"{name}_lowvram_function", None) for name in ("weight", "bias")]
+        state = (self.weight, self.bias, *self.weight_function, *self.bias_function, *patches)
+        known: _Table | None = self.__dict__.get("_known")
+        if not isinstance(known, _Table) or not known.holds_for(state, input.device):
+            small = self.weight._params.to_device(input.device)
+            inner = inner_layer(self, QuantizedTensor(self.weight._qdata, LAYOUT_NAME, small), None)
+            assert isinstance(inner, ComfyTemporalLinear)
+            inner.operands = self._float_operands
+            known = self.__dict__["_known"] = _Table(state, input.device, inner)
+        return known.inner(input)  # type: ignore[no-any-return]
+
+    def _float_operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """float32 weight [N, C] and bias [N] of a temporal projection on `device`."""
+        with self._cast(device, torch.float32) as (weight, bias):
+            inner = inner_layer(self, weight, bias)
+            return inner.dequantized_weight(), None if inner.bias is None else inner.bias.detach().clone()
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
+        """ComfyUI asks for the float weight that a patch is to change."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(
+        self,
+        weight: Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **_: Any,
+    ) -> Tensor | None:
+        """ComfyUI hands back the patched float weight: quantize it as the layer was calibrated."""
+        changed: Tensor = weight.to(self.weight.dtype)
+        if is_quantized(self.weight):
+            changed = self._requantized(weight)
+        if return_weight:
+            return changed
+        self.weight = nn.Parameter(changed, requires_grad=False)
+        return None
+
+    def _requantized(self, weight: Tensor) -> QuantizedTensor:
+        """A float weight on the original input, quantized as this layer's own; its own codes where nothing changed."""
+        own = self.weight.to(weight.device)
+        params = own._params
+        if torch.equal(own.to(weight.dtype).dequantize(), weight):
+            return own
+        if params.recipe.spec.portable:
+            raise QVDError(
+                "this MODEL was quantized with portable=True: other layers hold a part of this one's weight, so that no "
+                "LoRA can be added any more. Put the LoRA loader before QVD Quantize Model."
+            )
+        if not bool(weight.isfinite().all()):
+            raise QVDError("a patched weight of an int8 layer holds NaN or infinity: the LoRA is damaged, remove it.")
+        changed: QuantizedTensor = own.requantize_from_float(weight).to(own.dtype)
+        return changed
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
+        if not is_quantized(self.weight):
+            return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        entries = {} if destination is None else destination
+        entries.update({f"{prefix}{name}": tensor for name, tensor in stored_tensors(self).items()})
+        return entries
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if not is_quantized(weight):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        shape = tuple(self.weight.shape) if self.weight is not None else weight.shape  # unset where loading is lazy
+        if tuple(weight.shape) != tuple(shape):
+            raise QVDError(f"{prefix}weight is {list(weight.shape)}, this model's is {list(shape)}: another model.")
+        dtype = weight.dtype if self.weight is None else self.weight.dtype
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        bias = state_dict.get(f"{prefix}bias")
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move or cast; a tensor that is there already stays the very same one.
+
+        PyTorch would write into a quantized tensor, and ComfyUI's way, to wrap every parameter anew, fails for the
+        tensors of its inference mode when a model is moved outside of it.
+        """
+        for name, parameter in self._parameters.items():
+            if parameter is None:
+                continue
+            moved = fn(parameter)
+            if moved is parameter or moved is parameter.data:
+                continue
+            if moved.is_inference() and not torch.is_inference_mode_enabled():
+                moved = moved.clone()
+            self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+
+class Linear(QuantizedOp, ops.manual_cast.Linear):
+    """A linear layer of ComfyUI whose weight may be QVD's int8; a temporal projection where its recipe says so."""
+
+
+class Conv2d(QuantizedOp, ops.manual_cast.Conv2d):
+    """A 2-D convolution of ComfyUI whose weight may be QVD's int8."""
+
+
+class Conv3d(QuantizedOp, ops.manual_cast.Conv3d):
+    """A 3-D convolution of ComfyUI whose weight may be QVD's int8."""
+
+
+class QVDOperations(ops.manual_cast):
+    """The set of layers that ComfyUI builds a model of when it loads a file of QVD."""
+
+    Linear = Linear
+    Conv2d = Conv2d
+    Conv3d = Conv3d
+
+
+_OUTER_CLASSES: dict[type[nn.Module], type[QuantizedOp]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+
+
+def outer_layer(source: nn.Module, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedOp:
+    """QVD's layer in the place of a float one of ComfyUI: all its settings, other tensors."""
+    outer_class = next(outer for base, outer in _OUTER_CLASSES.items() if isinstance(source, base))
+    layer = outer_class.__new__(outer_class)
+    nn.Module.__init__(layer)
+    own = layer.__dict__
+    own.update({name: value for name, value in source.__dict__.items() if name not in own})
+    layer.training = source.training
+    layer.comfy_cast_weights = True  # type: ignore[assignment]
+    layer.weight_function, layer.bias_function = [], []
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def inner_layer(outer: QuantizedOp, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
+    """The layer of the core that computes with these tensors; it shares them."""
+    params: QVDInt8Layout.Params = weight._params
+    recipe = params.recipe
+    assert recipe is not None
+    inner = _INNER_CLASSES[recipe.plan.kind](_Shape(outer, weight), recipe.plan, recipe.spec, params.orig_dtype)
+    if params.fold is not None:
+        bias = params.fold if bias is None else bias + params.fold.to(bias.dtype)
+    # Plain tensors: a new parameter of an inference tensor could not be made outside of inference mode.
+    inner._parameters["weight"] = weight._qdata  # type: ignore[assignment]
+    inner._parameters["bias"] = bias  # type: ignore[assignment]
+    inner._buffers["weight_scale"] = params.scale
+    for name in CALIBRATED:
+        if name in inner._buffers:
+            inner._buffers[name] = getattr(params, name)
+    inner.clock = outer.clock
+    return inner.eval()
+
+
+class _Shape:
+    """What the core's layers read of the float layer they replace: the outer layer's attributes, the weight's shape."""
+
+    def __init__(self, outer: QuantizedOp, weight: QuantizedTensor):
+        self._outer = outer
+        self.weight = weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outer, name)
+
+
+def stored_tensors(layer: QuantizedOp) -> dict[str, Tensor]:
+    """Every entry of a quantized layer in a checkpoint, by name below the layer."""
+    params: QVDInt8Layout.Params = layer.weight._params
+    entries = {"weight": layer.weight._qdata, "weight_scale": params.scale}
+    bias = None if layer.bias is None else layer.bias.detach()
+    if params.fold is not None:
+        bias = params.fold.to(params.orig_dtype) if bias is None else bias + params.fold.to(bias)
+    if bias is not None:
+        entries["bias"] = bias
+    entries.update({name: tensor for name in CALIBRATED if (tensor := getattr(params, name)) is not None})
+    entries["comfy_quant"] = _description(params)
+    return entries
+
+
+def _description(params: QVDInt8Layout.Params) -> Tensor:
+    """The `comfy_quant` entry, uint8 JSON: enough to rebuild the layer where the file's metadata are lost."""
+    recipe = params.recipe
+    assert recipe is not None
+    text = json.dumps({"format": FORMAT, "plan": plan_to_list(recipe.plan), "spec": recipe.spec.to_dict()})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedOp]:
+    """The layers of a model of ComfyUI that QVD has quantized, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedOp) and is_quantized(module.weight)
+    }
+
+
+def attach_clock(model: nn.Module) -> None:
+    """Tell the layers whose scales change while sampling what is being sampled, through one hook on the model."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), SamplingClock):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    layers = [
+        layer for layer in quantized_layers(model).values() if layer.weight._params.recipe.plan.steps_by != "layer"
+    ]
+    if not layers:
+        return
+    clock = SamplingClock(model, family_or_generic(model))
+    model.register_forward_pre_hook(clock.read, with_kwargs=True)
+    for layer in layers:
+        layer.clock = clock

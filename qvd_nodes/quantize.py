@@ -1,0 +1,107 @@
+"""A MODEL to an int8 MODEL: the same patches and options around a denoiser of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qvd_core.checks import cast_finite
+from qvd_core.convert import fit_data_free
+from qvd_core.encode import Encoding
+from qvd_core.layer_kinds import register_layer_class
+from qvd_core.scales import Scales
+from qvd_core.spec import QuantSpec
+from qvd_core.temporal import StackedWeights
+from qvd_core.temporal_layer import codebook_tensors
+from qvd_core.weight_source import WeightSource
+from qvd_nodes._comfy import ModelPatcher, management, ops
+from qvd_nodes.layers import attach_clock, outer_layer
+from qvd_nodes.layout import Recipe, quantized_weight
+from qvd_nodes.model_copy import copy_base_model, patcher_of
+from qvd_nodes.weights import float_denoiser, patched_tensor, patched_weights, unload, without_patches
+
+Progress = Callable[[int, int], None]  # layers done, layers in all
+
+
+@torch.no_grad()
+def quantize_patcher(
+    source: ModelPatcher, spec: QuantSpec, scales: Scales | None = None, progress: Progress | None = None
+) -> ModelPatcher:
+    """An int8 MODEL made of a float one, which stays as it is; one layer at a time is in float on the GPU.
+
+    Patches that `source` already has (LoRAs) are quantized with the weights; later ones are merged when ComfyUI loads.
+    Raises QVDError for a MODEL that is none or is quantized already, for scales of another one, and for what
+    `qvd_core.quantize_model` refuses.
+    """
+    float_denoiser(source)
+    unload(source)
+    twin = copy_base_model(source.model)
+    model: nn.Module = twin.diffusion_model  # type: ignore[assignment]
+    encoding = Encoding.of(model, spec, scales)
+    read = patched_weights(source)
+    codebook = _data_free_codebook(model, encoding, read)
+    store = source.offload_device
+    for done, name in enumerate(encoding.plan):
+        management.throw_exception_if_processing_interrupted()
+        if progress is not None:
+            progress(done, len(encoding.plan))
+        module = model.get_submodule(name)
+        weight, bias = read(name)
+        tensors = encoding.encode(name, weight, bias)
+        if name in codebook:
+            tensors.update(codebook[name])
+        dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
+        new_bias = None if "bias" not in tensors else cast_finite(f"{name}.bias", tensors["bias"], dtype).to(store)
+        stored = {key: tensor.to(store) for key, tensor in tensors.items()}
+        recipe = Recipe(encoding.plan[name], spec)
+        quantized = quantized_weight(stored, tuple(weight.shape), dtype, recipe)
+        model.set_submodule(name, outer_layer(module, quantized, new_bias))
+    edited = _edit_producers(model, encoding, source)
+    attach_clock(model)
+    if progress is not None:
+        progress(len(encoding.plan), len(encoding.plan))
+    result = patcher_of(twin, source)
+    without_patches(result, [f"{name}.{kind}" for name in encoding.plan for kind in ("weight", "bias")] + edited)
+    return result
+
+
+def _data_free_codebook(model: nn.Module, encoding: Encoding, read: WeightSource) -> dict[str, dict[str, Tensor]]:
+    """HTDQ without data: the codebook tensors of the temporal layers that no calibration has filled, by layer."""
+    waiting = encoding.without_codebook()
+    layers = [model.get_submodule(name) for name in waiting]
+    weights = StackedWeights(sum(layer.weight.shape[0] for layer in layers), _weights(read, waiting))  # type: ignore
+    quantizer = fit_data_free(model, weights, encoding.spec)
+    if quantizer is None:
+        return {}
+    return {
+        name: codebook_tensors(quantizer, layer.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+        for name, layer in zip(waiting, layers, strict=True)
+    }
+
+
+def _weights(read: WeightSource, names: Sequence[str]) -> Iterator[Tensor]:
+    for name in names:
+        yield read(name)[0].cpu()
+
+
+def _edit_producers(model: nn.Module, encoding: Encoding, source: ModelPatcher) -> list[str]:
+    """Fold shift and scale into the float tensors that produce a layer's input (`portable`); returns their names."""
+    edited = []
+    for name, parameter in model.named_parameters():
+        layer, _, key = name.rpartition(".")
+        if name not in encoding.edits or layer in encoding.plan:
+            continue
+        value = patched_tensor(source, name, parameter.device)
+        assert value is not None
+        changed = encoding.edit(name, value.float()).to(parameter.dtype)
+        setattr(model.get_submodule(layer), key, nn.Parameter(changed, requires_grad=False))
+        edited.append(name)
+    return edited
+
+
+for _operations in (ops.disable_weight_init, ops.manual_cast):  # they compute what PyTorch's layers do
+    register_layer_class(_operations.Linear, "linear")
+    register_layer_class(_operations.Conv2d, "conv2d")
+    register_layer_class(_operations.Conv3d, "conv3d")
