@@ -150,6 +150,14 @@ class Server:
         if self.with_pack:
             export(pack)
 
+    def use_pack(self, with_pack: bool) -> None:
+        """Take QVD out of `custom_nodes`, or put the same files back; takes effect with the next start."""
+        self.with_pack = with_pack
+        away, pack = self.base / "qvd-away", self.folder("custom_nodes") / PACK_FOLDER
+        source, target = (away, pack) if with_pack else (pack, away)
+        if source.exists():
+            source.rename(target)
+
     def start(self) -> None:
         """Start the server and wait until it answers; raises `ServerError` with the log's tail where it does not."""
         self.port = free_port()

@@ -143,7 +143,11 @@ class QVDTestModelHash:
         classes: dict[str, int] = {}
         for module in model.model.diffusion_model.modules():
             classes[type(module).__qualname__] = classes.get(type(module).__qualname__, 0) + 1
-        return {"ui": {"text": [digest.hexdigest()], "classes": [classes]}}
+        hooks = sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.model.diffusion_model.modules()
+        )
+        return {"ui": {"text": [digest.hexdigest()], "classes": [classes], "hooks": [hooks]}}
 
 
 NODE_CLASS_MAPPINGS = {
