@@ -18,19 +18,24 @@ from qvd_core.errors import QVDError
 METADATA_KEY = "qvd"
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write tensors and a JSON description as one safetensors file, atomically. Raises QVDError when it cannot.
 
-    What JSON has no type for is written as its `repr`.
+    What JSON has no type for is written as its `repr`. metadata: further entries of the file's own, of other programs.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise QVDError(f"cannot write {path}: it is a folder or a device; give the path of a file.")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
+    own = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_owning_their_memory(tensors), partial, metadata)
+        save_file(_owning_their_memory(tensors), partial, {**(metadata or {}), **own})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error

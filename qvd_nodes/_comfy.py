@@ -1,4 +1,4 @@
-"""Everything QVD uses of ComfyUI, in one place: `tests/comfyui_api_stubs` stands in for it where there is no ComfyUI."""
+"""Everything QVD uses of ComfyUI, in one place; `tests/comfyui_api_stubs` stands in for it where there is none."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from qvd_nodes.layout import CALIBRATED, LAYOUT_NAME, QVDInt8Layout, is_quantize
 
 FORMAT = "qvd_int8"
 """The name of QVD's layers in `comfy_quant` entries; ComfyUI without QVD refuses it by this name."""
+FORMAT_VERSION = 1
 
 
 class ComfyTemporalLinear(TemporalLinear):
@@ -165,8 +166,8 @@ class QuantizedOp(nn.Module):
             return own
         if params.recipe.spec.portable:
             raise QVDError(
-                "this MODEL was quantized with portable=True: other layers hold a part of this one's weight, so that no "
-                "LoRA can be added any more. Put the LoRA loader before QVD Quantize Model."
+                "this MODEL was quantized with portable=True: other layers hold a part of this one's weight, so that "
+                "no LoRA can be added any more. Put the LoRA loader before QVD Quantize Model."
             )
         if not bool(weight.isfinite().all()):
             raise QVDError("a patched weight of an int8 layer holds NaN or infinity: the LoRA is damaged, remove it.")
@@ -300,7 +301,8 @@ def _description(params: QVDInt8Layout.Params) -> Tensor:
     """The `comfy_quant` entry, uint8 JSON: enough to rebuild the layer where the file's metadata are lost."""
     recipe = params.recipe
     assert recipe is not None
-    text = json.dumps({"format": FORMAT, "plan": plan_to_list(recipe.plan), "spec": recipe.spec.to_dict()})
+    entry = {"format": FORMAT, "version": FORMAT_VERSION, "shape": list(params.orig_shape)}
+    text = json.dumps({**entry, "plan": plan_to_list(recipe.plan), "spec": recipe.spec.to_dict()})
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

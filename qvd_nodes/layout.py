@@ -49,7 +49,7 @@ class Recipe:
 
 
 class QVDInt8Layout(QuantizedLayout):
-    """int8 (or packed 4-bit) codes of a transformed weight: W~ = W diag(scale) H, for inputs x~ = H (x - shift) / scale."""
+    """int8 (or packed 4-bit) codes of a transformed weight W~ = W diag(scale) H, for inputs H (x - shift) / scale."""
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):

@@ -1,7 +1,7 @@
 """A second model that shares the weights of a first one: what QVD quantizes, so that the first stays as it is.
 
-Layers of the copy can be replaced without the original's noticing, and ComfyUI moves, offloads and patches either on its
-own. Only the memory of the weights is shared, as long as both are where they are.
+Layers of the copy can be replaced without the original's noticing, and ComfyUI moves, offloads and patches either on
+its own. Only the memory of the weights is shared, as long as both are where they are.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qvd_core.checks import cast_finite
 from qvd_core.convert import fit_data_free
 from qvd_core.encode import Encoding
-from qvd_core.layer_kinds import register_layer_class
+from qvd_core.families import family_or_generic
+from qvd_core.layer_kinds import layer_kind, register_layer_class
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import StackedWeights
@@ -20,7 +21,8 @@ from qvd_nodes._comfy import ModelPatcher, management, ops
 from qvd_nodes.layers import attach_clock, outer_layer
 from qvd_nodes.layout import Recipe, quantized_weight
 from qvd_nodes.model_copy import copy_base_model, patcher_of
-from qvd_nodes.weights import float_denoiser, patched_tensor, patched_weights, unload, without_patches
+from qvd_nodes.record import Record, attach, metadata_of_source
+from qvd_nodes.weights import denoiser, float_denoiser, patched_tensor, patched_weights, unload, without_patches
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
@@ -63,8 +65,22 @@ def quantize_patcher(
     if progress is not None:
         progress(len(encoding.plan), len(encoding.plan))
     result = patcher_of(twin, source)
+    attach(result, _record(source, spec, scales))
     without_patches(result, [f"{name}.{kind}" for name in encoding.plan for kind in ("weight", "bias")] + edited)
     return result
+
+
+def _record(source: ModelPatcher, spec: QuantSpec, scales: Scales | None) -> Record:
+    model = denoiser(source)
+    return Record(
+        spec=spec,
+        family=family_or_generic(model).name,
+        float_bytes=management.module_size(model),
+        layers_in_all=sum(layer_kind(module) is not None for module in model.modules()),
+        report={} if scales is None else scales.report,
+        calibrated_on={} if scales is None else scales.calibrated_on,
+        file_metadata=metadata_of_source(source),
+    )
 
 
 def _data_free_codebook(model: nn.Module, encoding: Encoding, read: WeightSource) -> dict[str, dict[str, Tensor]]:

@@ -20,8 +20,8 @@ def denoiser(patcher: ModelPatcher) -> nn.Module:
     model = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     if not isinstance(model, nn.Module):
         raise QVDError(
-            f"a {type(getattr(patcher, 'model', patcher)).__name__} is no diffusion model: connect the MODEL output of a "
-            "loader (Load Diffusion Model, Load Checkpoint)."
+            f"a {type(getattr(patcher, 'model', patcher)).__name__} is no diffusion model: connect the MODEL output "
+            "of a loader (Load Diffusion Model, Load Checkpoint)."
         )
     return model
 
@@ -31,8 +31,8 @@ def float_denoiser(patcher: ModelPatcher) -> nn.Module:
     model = denoiser(patcher)
     if quantized_layers(model):
         raise QVDError(
-            f"this MODEL ({type(model).__name__}) is quantized by QVD already: connect the one from before QVD Quantize "
-            "Model, in full precision."
+            f"this MODEL ({type(model).__name__}) is quantized by QVD already: connect the one from before QVD "
+            "Quantize Model, in full precision."
         )
     return model
 

@@ -1,0 +1,222 @@
+"""QVD's single file for ComfyUI: the denoiser under ComfyUI's own key names, int8 layers as `qvd_core` stores them.
+
+Each quantized layer has a `comfy_quant` entry that says how it is quantized, so that the file survives tools that drop
+metadata. Loading makes ComfyUI build the model out of QVD's layers: no float copy of an int8 weight is ever made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qvd_core.checks import stored_problem
+from qvd_core.errors import QVDError
+from qvd_core.files import METADATA_KEY, write_tensors
+from qvd_core.plan import LayerPlan, plan_from_dict
+from qvd_core.spec import QuantSpec
+from qvd_nodes._comfy import ModelPatcher, loading, management, utils
+from qvd_nodes.layers import FORMAT, FORMAT_VERSION, QuantizedOp, QVDOperations, attach_clock, stored_tensors
+from qvd_nodes.layout import CALIBRATED, Recipe, is_quantized, quantized_weight
+from qvd_nodes.model_copy import remember_how_to_rebuild
+from qvd_nodes.record import Record, attach, record_of
+from qvd_nodes.weights import PREFIX, denoiser, unload
+
+SAVED_PREFIX = "model.diffusion_model."
+LARGEST_DESCRIPTION = 2**16  # bytes of one layer's `comfy_quant` entry
+
+
+@torch.no_grad()
+def save_patcher(patcher: ModelPatcher, path: str | Path) -> Path:
+    """Write a quantized MODEL to one file, LoRAs merged. Raises QVDError when it is not quantized, or cannot be written."""
+    record = record_of(patcher)
+    tensors: dict[str, Tensor] = {}
+    for name, module in merged_modules(patcher):
+        entries = stored_tensors(module) if is_quantized_op(module) else own_tensors(module)
+        tensors.update({f"{name}.{key}" if name else key: value for key, value in entries.items()})
+    description = {"kind": "comfyui", "version": FORMAT_VERSION, **record.to_dict()}
+    return write_tensors(path, as_saved(patcher, tensors), description, record.file_metadata)
+
+
+def merged_modules(patcher: ModelPatcher) -> Any:
+    """The denoiser's modules by name, each with the MODEL's patches in its own tensors while it is looked at."""
+    unload(patcher)
+    model = denoiser(patcher)
+    device = management.get_torch_device()
+    for name, module in model.named_modules():
+        management.throw_exception_if_processing_interrupted()
+        before = dict(module._parameters)
+        for key in before:
+            full = f"{PREFIX}{name}.{key}" if name else f"{PREFIX}{key}"
+            if full in patcher.patches:
+                merged = patcher.patch_weight_to_device(full, device_to=device, return_weight=True)
+                module._parameters[key] = nn.Parameter(merged.to(patcher.offload_device), requires_grad=False)
+        try:
+            yield name, module
+        finally:
+            module._parameters.update(before)
+
+
+def is_quantized_op(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedOp) and is_quantized(module.weight)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The entries of one module, without its children, in a state dict."""
+    hidden = module._non_persistent_buffers_set
+    tensors = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in hidden}}
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+
+def as_saved(patcher: ModelPatcher, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser's entries under the names that files of this model have."""
+    saved = patcher.model.state_dict_for_saving(tensors)
+    return {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in saved.items()}
+
+
+def load_patcher(path: str | Path) -> ModelPatcher:
+    """A MODEL from a file of `save_patcher`, as int8 as it was saved.
+
+    Raises QVDError when the file is missing, damaged, no file of QVD, newer, or not whole.
+    """
+    record = _read_record(Path(path))
+    tensors, metadata = utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    tensors = _joined(path, tensors)
+    names = dict(tensors)
+    patcher = loading.load_diffusion_model_state_dict(
+        tensors, model_options={"custom_operations": QVDOperations}, metadata=metadata
+    )
+    if patcher is None:
+        raise QVDError(f"{path} holds a model that this ComfyUI does not know: update ComfyUI.")
+    _check_complete(path, patcher, names)
+    attach_clock(denoiser(patcher))
+    attach(patcher, record)
+    remember_how_to_rebuild(patcher)
+    return patcher
+
+
+def _read_record(path: Path) -> Record:
+    if not path.is_file():
+        raise QVDError(f"{path} does not exist: refresh the list of files (press R), or save the model again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            quantized = any(key.endswith(".comfy_quant") for key in file.keys())  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise QVDError(f"{path} is damaged or no safetensors file ({error}): download or save it again.") from error
+    description = _json(metadata.get(METADATA_KEY, "null"))
+    if not isinstance(description, dict) or description.get("kind") != "comfyui":
+        kind = "an int8 file of another program" if quantized else "no int8 file of QVD"
+        raise QVDError(
+            f"{path} is {kind}: load it with ComfyUI's own Load Diffusion Model, then quantize it with QVD Quantize Model."
+        )
+    version = description.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise QVDError(f"{path} has format {version}, this QVD reads up to {FORMAT_VERSION}: update QVD.")
+    others = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
+    return Record.from_dict(description, others)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _joined(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors, those of each quantized layer joined to one quantized weight: ComfyUI sees float shapes."""
+    joined = dict(tensors)
+    others = [t.dtype for k, t in tensors.items() if t.is_floating_point() and not k.endswith(("_scale", *CALIBRATED))]
+    dtype = max(set(others), key=others.count) if others else torch.float32
+    for key in [key for key in tensors if key.endswith(".comfy_quant")]:
+        layer = key.removesuffix(".comfy_quant")
+        try:
+            recipe, shape = _parse(joined.pop(key))
+            own = _take(joined, layer, recipe.plan)
+            _check(own, shape, recipe)
+        except QVDError as error:
+            raise QVDError(f"{path}: layer {layer} {error}: the file is damaged, or from a newer QVD.") from None
+        joined[f"{layer}.weight"] = quantized_weight(own, shape, dtype, recipe)
+    return joined
+
+
+def _parse(entry: Tensor) -> tuple[Recipe, tuple[int, ...]]:
+    if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > LARGEST_DESCRIPTION:
+        raise QVDError(f"has a description of {entry.dtype} {list(entry.shape)}")
+    values = _json(bytes(entry.tolist()).decode(errors="replace"))
+    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
+        raise QVDError("has a description that this QVD cannot read")
+    shape = values.get("shape")
+    if not isinstance(shape, list) or len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise QVDError(f"is said to have the shape {shape!r}")
+    try:
+        spec = QuantSpec.from_dict(values["spec"])
+        plan = plan_from_dict({"it": values["plan"]})["it"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise QVDError(f"has settings that this QVD does not know ({error})") from None
+    return Recipe(plan, spec), tuple(shape)
+
+
+def _take(tensors: dict[str, Tensor], layer: str, plan: LayerPlan) -> dict[str, Tensor]:
+    """Take what belongs to the quantized weight out of the file's tensors; the bias stays, it is ComfyUI's."""
+    wanted = ["weight", "weight_scale", *(name for name in CALIBRATED if name in plan.tensors)]
+    if plan.steps_by == "timestep":
+        wanted.append("bucket_boundaries")
+    if "codebook" in plan.tensors:
+        wanted += ["levels", "boundaries", "offset", "gain"]
+    if "bias" in plan.tensors and f"{layer}.bias" not in tensors:
+        raise QVDError("lacks its bias")
+    own = {}
+    for name in wanted:
+        if f"{layer}.{name}" not in tensors:
+            raise QVDError(f"lacks its {name}")
+        own[name] = tensors.pop(f"{layer}.{name}")
+    return own
+
+
+def _check(tensors: Mapping[str, Tensor], shape: tuple[int, ...], recipe: Recipe) -> None:
+    """Raise QVDError unless every tensor has the dtype, shape and values that the layer's recipe asks for."""
+    outputs, inputs = shape[0], shape[1]
+    per_output = torch.Size(shape[1:]).numel()
+    codes: tuple[int, ...] = (outputs, -(-per_output // 2)) if recipe.weight_bits == 4 else shape
+    levels = 2**recipe.spec.activation_bits
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight": codes,
+        "weight_scale": (outputs, *[1] * (len(shape) - 1)),
+        "activation_scale": (recipe.plan.steps,),
+        "bucket_boundaries": (recipe.plan.steps - 1,),
+        "levels": (levels,),
+        "boundaries": (levels - 1,),
+    }
+    for name, tensor in tensors.items():
+        expected = shapes.get(name, (inputs,))
+        dtype = torch.float32 if name != "weight" else torch.uint8 if recipe.weight_bits == 4 else torch.int8
+        if tensor.dtype != dtype or tuple(tensor.shape) != expected:
+            raise QVDError(f"has a {name} of {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(expected)}")
+        problem = stored_problem(name, tensor)
+        if problem:
+            raise QVDError(f"has a {name} that {problem}")
+    if recipe.plan.rotation and inputs % recipe.plan.rotation:
+        raise QVDError(f"is said to rotate blocks of {recipe.plan.rotation} of its {inputs} channels")
+
+
+def _check_complete(path: str | Path, patcher: ModelPatcher, given: dict[str, Tensor]) -> None:
+    """Raise QVDError when the file lacks tensors of the model: ComfyUI only logs that, and samples noise."""
+    prefix = SAVED_PREFIX if any(name.startswith(SAVED_PREFIX) for name in given) else ""
+    found = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+    found = patcher.model.model_config.process_unet_state_dict(found)
+    model = denoiser(patcher)
+    expected = {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in (own_tensors(module) if not is_quantized_op(module) else ("weight",))
+    }
+    missing = sorted(expected - set(found))
+    if missing:
+        raise QVDError(f"{path} lacks {len(missing)} tensors of its model, the first is {missing[0]}: save it again.")
