@@ -19,6 +19,7 @@ from qvd_core.fingerprint import structure_fingerprint, weight_probe
 from qvd_core.folds import fold_sites
 from qvd_core.observation import Observation, check_observed, watch
 from qvd_core.plan import layer_spec, plan_layers
+from qvd_core.report.observed import summarize
 from qvd_core.scales import LayerScales, Scales
 from qvd_core.sensitivity import END_EFFECT, end_effects
 from qvd_core.spec import QuantSpec
@@ -70,10 +71,15 @@ def search_scales(
     progress: Progress | None = None,
     calibrated_on: dict[str, Any] | None = None,
     sensitivity: bool | None = None,
+    figures: dict[str, dict[str, float]] | None = None,
 ) -> Scales:
-    """The second half of `calibrate_model`: choose every scale for `spec` from what was observed."""
+    """The second half of `calibrate_model`: choose every scale for `spec` from what was observed.
+
+    figures: a dict that becomes the report of the result, for those who want to see each layer as it is found.
+    """
     model = observation.model
     scales = Scales(type(model).__name__, structure_fingerprint(model), spec, calibrated_on=dict(calibrated_on or {}))
+    scales.report = scales.report if figures is None else figures
     scales.calibrated_on.setdefault("forward_passes", observation.passes)
     _fit_temporal(observation, scales)
     _search_transforms(observation, scales, progress)
@@ -81,6 +87,7 @@ def search_scales(
         sensitivity = spec.auto_keep is not None
     if sensitivity:
         _measure_sensitivity(observation, scales, progress)
+    scales.observed = summarize(observation, scales)
     return scales
 
 

@@ -33,7 +33,7 @@ LARGEST_DESCRIPTION = 2**16  # bytes of one layer's `comfy_quant` entry
 
 @torch.no_grad()
 def save_patcher(patcher: ModelPatcher, path: str | Path) -> Path:
-    """Write a quantized MODEL to one file, LoRAs merged. Raises QVDError when it is not quantized, or cannot be written."""
+    """Write a quantized MODEL to one file, LoRAs merged. Raises QVDError when it is none, or cannot be written."""
     record = record_of(patcher)
     tensors: dict[str, Tensor] = {}
     for name, module in merged_modules(patcher):
@@ -113,7 +113,8 @@ def _read_record(path: Path) -> Record:
     if not isinstance(description, dict) or description.get("kind") != "comfyui":
         kind = "an int8 file of another program" if quantized else "no int8 file of QVD"
         raise QVDError(
-            f"{path} is {kind}: load it with ComfyUI's own Load Diffusion Model, then quantize it with QVD Quantize Model."
+            f"{path} is {kind}: load it with ComfyUI's own Load Diffusion Model; in full precision QVD Quantize Model "
+            "then quantizes it."
         )
     version = description.get("version")
     if not isinstance(version, int) or version > FORMAT_VERSION:

@@ -66,7 +66,9 @@ class Record:
                 file_metadata=dict(file_metadata),
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise QVDError(f"the file's description is damaged, or from a newer QVD ({error}): save it again.") from error
+            raise QVDError(
+                f"the file's description is damaged, or from a newer QVD ({error}): save it again."
+            ) from error
 
 
 def record_of(patcher: ModelPatcher) -> Record:
