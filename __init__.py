@@ -1,10 +1,37 @@
-"""QVD as a ComfyUI custom-node folder: a place holder.
+"""QVD as a ComfyUI custom-node folder: ComfyUI imports this file when the repository is in `custom_nodes/`.
 
-ComfyUI imports this folder when the repository is cloned into `custom_nodes/`. **The node pack is not there yet**:
-this module registers no nodes, so that ComfyUI starts cleanly and shows nothing. Until it comes, use QVD through
-`qvd_diffusers`.
+The packages are loaded from this folder under their own names, whether or not QVD is also pip-installed, and without
+touching the import path: there is one copy of them in the process, the one beside this file.
 """
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
+import importlib.util
+import sys
+from pathlib import Path
 
-__all__ = ["NODE_CLASS_MAPPINGS"]
+_HERE = Path(__file__).resolve().parent
+
+
+def _load_package(name: str) -> None:
+    if name in sys.modules:
+        return
+    folder = _HERE / name
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+for _name in ("qvd_core", "qvd_nodes"):
+    _load_package(_name)
+
+comfy_entrypoint = sys.modules["qvd_nodes"].comfy_entrypoint
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,10 +54,6 @@ class SamplerSettings:
         """JSON types: what of a calibration's content these settings are."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "sigmas"}
         return {**values, "sigmas": None if self.sigmas is None else self.sigmas.tolist()}
-
-    def part(self, first: int | None, last: int | None, cfg: float) -> SamplerSettings:
-        """A part of the same schedule, with guidance of its own."""
-        return replace(self, first_step=first, last_step=last, cfg=cfg)
 
 
 def check_inputs(positives: Sequence[Conditioning], negative: Conditioning, latent: dict[str, Any]) -> None:
