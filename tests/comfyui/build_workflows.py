@@ -153,7 +153,7 @@ def wan_calibrate(flow: Workflow) -> None:
         flow.node("QVDSaveScales", scales=scales[0], filename_prefix="qvd_scales/wan2.1_1.3B")
     flow.column(WIDE)
     with flow.group("4 - int8", color="#8a6d3b"):
-        int8 = flow.node("QVDQuantizeModel", model=shifted[0], preset="best", scales=scales[0])
+        int8 = flow.node("QVDQuantizeModel", model=shifted[0], preset="auto", scales=scales[0])
     with flow.group("5 - The same seed twice"):
         quantized = sampler(flow, int8, positive[0], negative, latent, "Sample: int8")
         floating = sampler(flow, shifted, positive[0], negative, latent, "Sample: float")
@@ -164,9 +164,7 @@ def wan_calibrate(flow: Workflow) -> None:
         flow.node("QVDReport", model=int8[0], scales=scales[0], filename_prefix="qvd_report")
     flow.column(WIDE + 130)
     with flow.group("7 - Compare"):
-        compared = flow.node(
-            "QVDCompare", reference=reference[0], test=test[0], amplify=8.0, filename_prefix="qvd_compare"
-        )
+        compared = flow.node("QVDCompare", reference=reference[0], test=test[0], amplify=8.0)
         pair = flow.node("CreateVideo", images=compared[0], fps=16.0)
         flow.node("SaveVideo", video=pair[0], filename_prefix="video/qvd_side_by_side", format="auto")
 
@@ -204,10 +202,10 @@ def wan22_two_experts(flow: Workflow) -> None:
         )  # fmt: skip
     with flow.group("4 - int8", color="#8a6d3b"):
         high = flow.node(
-            "QVDQuantizeModel", model=high[0], preset="best", scales=scales[0], title="QVD Quantize: high-noise"
+            "QVDQuantizeModel", model=high[0], preset="auto", scales=scales[0], title="QVD Quantize: high-noise"
         )
         low = flow.node(
-            "QVDQuantizeModel", model=low[0], preset="best", scales=scales[1], title="QVD Quantize: low-noise"
+            "QVDQuantizeModel", model=low[0], preset="auto", scales=scales[1], title="QVD Quantize: low-noise"
         )
     flow.column(WIDE)
     shared = {"steps": 20, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple", "positive": positive[0][0]}

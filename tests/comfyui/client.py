@@ -67,6 +67,11 @@ class Result:
         return "".join(str(data["exception_message"]).strip() for data in self.of("execution_error"))
 
     @property
+    def traceback(self) -> str:
+        """Where the node failed, as its server tells."""
+        return "".join(line for data in self.of("execution_error") for line in data.get("traceback", []))
+
+    @property
     def failed_node(self) -> str:
         """The id of the node that failed, or an empty text."""
         return "".join(str(data["node_id"]) for data in self.of("execution_error"))

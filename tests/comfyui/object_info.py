@@ -1,7 +1,8 @@
 """What ComfyUI's `/object_info` says of the nodes that the example workflows use, reduced to what a graph needs.
 
 `object_info.json` is recorded from a real server by `python -m tests.comfyui.object_info`, without texts and without
-the lists of files: names, types, order, ranges, and for our own nodes the choices.
+the lists of files: names, types, order, ranges, and for our own nodes the choices. The same run writes the English
+texts of our own nodes to `locales/en/nodeDefs.json`, the pattern for translations.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDED = Path(__file__).resolve().parent / "object_info.json"
+LOCALES = Path(__file__).resolve().parents[2] / "locales"
 STOCK = (
     *("BasicGuider", "BasicScheduler", "CLIPLoader", "CLIPTextEncode", "CreateVideo", "DualCLIPLoader"),
     *("EmptyHunyuanLatentVideo", "FluxGuidance", "ImageOnlyCheckpointLoader", "KSampler", "KSamplerAdvanced"),
@@ -45,7 +47,7 @@ def reduced(name: str, spec: list[Any], required: bool, own: bool) -> dict[str, 
     entry["widget"] = kind in WIDGETS and not options.get("forceInput", False)
     entry |= {key: options[key] for key in KEPT if key in options and not (key == "default" and options[key] is None)}
     # Files of this machine are no part of the record; the choices of our own nodes are a contract.
-    if own and kind == "COMBO" and not name.endswith("_name"):
+    if own and kind == "COMBO" and not name.endswith(("_name", "scheduler")):
         entry["options"] = list(options.get("options", []))
     return {name: entry}
 
@@ -91,6 +93,28 @@ def write(nodes: dict[str, Any]) -> None:
     RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def own(object_info: dict[str, Any]) -> list[str]:
+    """Our own nodes, without those of the tests."""
+    return sorted(name for name in object_info if name.startswith("QVD") and not name.startswith("QVDTest"))
+
+
+def english(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The texts of our own nodes as ComfyUI's front end looks translations up."""
+    texts: dict[str, Any] = {}
+    for name in own(object_info):
+        info = object_info[name]
+        inputs: dict[str, Any] = {}
+        for part in ("required", "optional"):
+            for key, spec in (info["input"].get(part) or {}).items():
+                options = spec[1] if len(spec) > 1 else {}
+                tooltip = {"tooltip": options["tooltip"]} if options.get("tooltip") else {}
+                inputs[key] = {"name": options.get("display_name") or key, **tooltip}
+        outputs = {str(slot): {"name": output} for slot, output in enumerate(info["output_name"])}
+        texts[name] = {"display_name": info["display_name"], "description": info["description"], "inputs": inputs}
+        texts[name] |= {"outputs": outputs} if outputs else {}
+    return texts
+
+
 def main() -> None:
     """Record from the checkout that `COMFYUI_PATH` names."""
     from tests.comfyui.client import Client
@@ -100,7 +124,10 @@ def main() -> None:
     if path is None:
         sys.exit("set COMFYUI_PATH to a ComfyUI checkout")
     with Server(path) as server:
-        write(reduce(Client(server.url).object_info()))
+        object_info = Client(server.url).object_info()
+    write(reduce(object_info))
+    texts = json.dumps(english(object_info), indent=1, ensure_ascii=False)
+    (LOCALES / "en" / "nodeDefs.json").write_text(texts + "\n")
 
 
 if __name__ == "__main__":

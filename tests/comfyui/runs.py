@@ -18,7 +18,7 @@ def succeed(client: Client, graph: Graph | Prompt, **options: object) -> Result:
         result = client.run(prompt, **options)  # type: ignore[arg-type]
     except Rejected as error:
         raise AssertionError(f"rejected: {error.text}") from error
-    assert result.status == "success", f"node {result.failed_node}: {result.error}"
+    assert result.status == "success", f"node {result.failed_node}: {result.error}\n{result.traceback}"
     assert not result.node_errors, result.node_errors
     return result
 

@@ -140,7 +140,7 @@ def compare(**test: int) -> Case:
     def draw(graph: Graph) -> str:
         size = {"width": 64, "height": 64, "frames": 3, "noise": 0.0}
         reference, other = graph.add("QVDTestImage", **size), graph.add("QVDTestImage", **(size | test))
-        node = graph.add("QVDCompare", reference=reference, test=other, amplify=8.0, filename_prefix="bad")
+        node = graph.add("QVDCompare", reference=reference, test=other, amplify=8.0)
         return str(node[0])
 
     return draw
