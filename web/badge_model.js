@@ -5,11 +5,18 @@ import { language, t } from "./translate.js";
 
 const badge = (text, tone = "plain", title = "") => ({ text, tone, title });
 
-/** The badges of a payload, and its warnings: `{badges, warnings}`. Missing fields mean fewer badges. */
-export function describe(payload) {
-  const warnings = (payload.warnings ?? []).map(String);
-  const badges = payload.kind === "scales" ? ofScales(payload) : ofModel(payload);
-  return { badges, warnings };
+/**
+ * The badges of a node's payloads, and their warnings: `{badges, warnings}`. Missing fields mean fewer badges.
+ * Two payloads are those of a high-noise and a low-noise expert.
+ */
+export function describe(payloads) {
+  const warnings = payloads.flatMap((payload) => (payload.warnings ?? []).map(String));
+  const names = payloads.length === 2 ? [t("badge.high", "high noise"), t("badge.low", "low noise")] : [];
+  const badges = payloads.flatMap((payload, index) => [
+    ...(names[index] ? [badge(names[index], "muted")] : []),
+    ...(payload.kind === "scales" ? ofScales(payload) : ofModel(payload)),
+  ]);
+  return { badges, warnings: [...new Set(warnings)] };
 }
 
 function ofModel(payload) {

@@ -32,9 +32,9 @@ export function addBadges(node) {
 
 /** Show what a `ui` output says of a node. */
 export function showOutput(node, output) {
-  const payload = output?.qvd?.[0];
-  if (payload && typeof payload === "object") {
-    views.get(node)?.show(payload);
+  const payloads = (output?.qvd ?? []).filter((payload) => payload && typeof payload === "object");
+  if (payloads.length) {
+    views.get(node)?.show(payloads);
   }
 }
 
@@ -48,7 +48,7 @@ function badgeView(resized) {
   const list = element("ul", { class: "qvd-warnings", hidden: true });
   const root = element("div", { class: "qvd qvd-node" }, row, list);
   keepKeys(root);
-  let payload = null;
+  let payloads = [];
   let open = false;
 
   function height() {
@@ -83,10 +83,10 @@ function badgeView(resized) {
   }
 
   function draw() {
-    if (!payload) {
+    if (!payloads.length) {
       row.replaceChildren(chip({ text: t("badge.none", "not run yet"), tone: "muted", title: "" }));
     } else {
-      const { badges, warnings } = describe(payload);
+      const { badges, warnings } = describe(payloads);
       row.replaceChildren(...badges.map(chip), ...(warnings.length ? [warningChip(warnings)] : []));
       list.replaceChildren(...warnings.map((warning) => element("li", {}, warning)));
       list.hidden = !(open && warnings.length);
@@ -95,7 +95,7 @@ function badgeView(resized) {
   }
 
   function show(next) {
-    payload = next;
+    payloads = next;
     draw();
   }
 

@@ -1,7 +1,7 @@
 /** The live view of a calibration: phase, step, layer, time left, and the error of each layer as it is searched. */
 
 import { announcer } from "./announce.js";
-import { emptyRun, ENDED, fraction, isRunning, rollingMean, worst } from "./calibration_state.js";
+import { emptyRun, fraction, isRunning, rollingMean, worst } from "./calibration_state.js";
 import { barChart } from "./charts.js";
 import { element } from "./dom.js";
 import { decibels, duration, percent, shortened } from "./format.js";
@@ -25,6 +25,8 @@ const EXPERTS = {
   low: () => t("live.low", "low-noise expert"),
 };
 
+const TONES = { failed: "qvd-bad", interrupted: "qvd-warn", done: "qvd-good", cached: "qvd-good" };
+
 /** The phase in words; unknown ones as they are. */
 export function phaseText(run) {
   return PHASES[run.phase]?.() ?? run.phase;
@@ -36,7 +38,7 @@ function position(run) {
       ? t("live.promptStep", "Prompt {prompt} of {prompts}, step {step} of {steps}", run)
       : t("live.step", "Step {step} of {steps}", run);
   }
-  return run.total > 0 ? t("live.layers", "Layer {done} of {total}", run) : "";
+  return run.phase === "search" ? t("live.searched", "Layers searched: {count}", { count: run.levels.length }) : "";
 }
 
 function spoken(run) {
@@ -50,36 +52,26 @@ function spoken(run) {
 /** `{root, show(run)}`; stop: what the stop button does; reveal: bring the calibrating node into view. */
 export function calibrationPanel({ stop, reveal }) {
   const live = announcer();
-  const body = element("div", { class: "qvd-stack" });
+  const none = nothingYet();
+  const above = element("div", { class: "qvd-stack" });
+  const below = element("div");
+  const stopButton = button("stop", t("live.stop", "Stop"), stop, "qvd-danger");
+  const revealButton = button("place", t("live.reveal", "Show node"), () => reveal(shown.node));
+  // The buttons stay the same while all around them is drawn anew: a click may last longer than a message.
+  const card = element("div", {}, above, element("div", { class: "qvd-row" }, stopButton, revealButton));
   const root = element("section", { class: "qvd-stack", "aria-label": t("live.title", "Live calibration") });
-  root.append(body, live.region);
+  root.append(none, card, below, live.region);
   let shown = emptyRun();
   let scheduled = false;
 
-  const stopButton = element(
-    "button",
-    { type: "button", class: "qvd-button qvd-danger", onclick: stop },
-    icon("stop"),
-    t("live.stop", "Stop"),
-  );
-  const revealButton = element(
-    "button",
-    { type: "button", class: "qvd-button", onclick: () => reveal(shown.node) },
-    icon("place"),
-    t("live.reveal", "Show node"),
-  );
-
   function draw() {
     scheduled = false;
-    if (shown.phase === "") {
-      body.replaceChildren(nothingYet());
-      return;
-    }
-    const focused = body.contains(document.activeElement) ? document.activeElement : null;
-    body.replaceChildren(...[head(shown, stopButton, revealButton), levels(shown)].filter(Boolean));
-    if (focused?.isConnected) {
-      focused.focus({ preventScroll: true });
-    }
+    none.hidden = shown.phase !== "";
+    card.hidden = below.hidden = shown.phase === "";
+    stopButton.hidden = !isRunning(shown);
+    card.className = `qvd-card qvd-stack ${TONES[shown.phase] ?? ""}`;
+    above.replaceChildren(...head(shown));
+    below.replaceChildren(...[levels(shown)].filter(Boolean));
   }
 
   function show(run) {
@@ -98,6 +90,10 @@ export function calibrationPanel({ stop, reveal }) {
   return { root, show };
 }
 
+function button(symbol, name, onclick, kind = "") {
+  return element("button", { type: "button", class: `qvd-button ${kind}`, onclick }, icon(symbol), name);
+}
+
 function nothingYet() {
   return element(
     "div",
@@ -108,9 +104,9 @@ function nothingYet() {
   );
 }
 
-function head(run, stopButton, revealButton) {
+/** What stands above the buttons. */
+function head(run) {
   const share = fraction(run);
-  const tone = { failed: "qvd-bad", interrupted: "qvd-warn", done: "qvd-good", cached: "qvd-good" }[run.phase] ?? "";
   const bar = element(
     "div",
     {
@@ -135,22 +131,19 @@ function head(run, stopButton, revealButton) {
     const mean = run.levels.reduce((sum, [, level]) => sum + level, 0) / run.levels.length;
     figure(t("live.mean", "Mean SQNR"), decibels(mean, language()));
   }
-  return element(
-    "div",
-    { class: `qvd-card qvd-stack ${tone}` },
+  return [
     element(
       "div",
       { class: "qvd-row" },
       element("h3", { class: "qvd-grow" }, title),
       isRunning(run) ? element("strong", { class: "qvd-share" }, percent(share, language())) : null,
     ),
-    ENDED.includes(run.phase) && run.phase !== "done" ? null : bar,
-    position(run) && isRunning(run) ? element("div", { class: "qvd-hint" }, position(run)) : null,
-    run.layer && isRunning(run) ? element("code", { class: "qvd-layer", title: run.layer }, shortened(run.layer, 48)) : null,
+    isRunning(run) ? bar : null,
+    isRunning(run) && position(run) ? element("div", { class: "qvd-hint" }, position(run)) : null,
+    isRunning(run) && run.layer ? element("code", { class: "qvd-layer", title: run.layer }, shortened(run.layer, 48)) : null,
     run.message ? element("p", { class: "qvd-message" }, run.message) : null,
     figures,
-    element("div", { class: "qvd-row" }, isRunning(run) ? stopButton : null, revealButton),
-  );
+  ].filter(Boolean);
 }
 
 function levels(run) {

@@ -3,7 +3,10 @@
 export const ENDED = ["done", "cached", "failed", "interrupted"];
 const KEPT_LEVELS = 2000;
 
-/** No calibration seen yet. levels: [layer, SQNR in dB, expert] in the order in which the layers were searched. */
+/**
+ * No calibration seen yet. done, total: units of work of the whole run, steps and layers together.
+ * levels: [layer, SQNR in dB, expert] in the order in which the layers were searched.
+ */
 export function emptyRun() {
   return {
     node: "",
@@ -33,7 +36,7 @@ export function startsAnew(run, message) {
   if (!isRunning(run)) {
     return run.phase !== message.phase;
   }
-  return message.seconds < run.seconds && (message.expert ?? "") === run.expert; // the clock was set back
+  return message.seconds < run.seconds; // the clock was set back
 }
 
 /** The run after `message`; neither is changed. Fields that a message leaves out keep their value. */
@@ -60,17 +63,12 @@ export function ended(run, phase, message = "") {
   return isRunning(run) ? { ...run, phase, message, eta: null } : run;
 }
 
-/** How much of the current phase is done, 0 to 1. */
+/** How much of the run is done, 0 to 1. */
 export function fraction(run) {
   if (run.phase === "done" || run.phase === "cached") {
     return 1;
   }
-  let share = run.total > 0 ? run.done / run.total : 0;
-  if (run.phase === "sampling" && run.steps > 0) {
-    const prompts = Math.max(1, run.prompts);
-    share = (Math.max(0, run.prompt - 1) + run.step / run.steps) / prompts;
-  }
-  return Math.min(1, Math.max(0, share));
+  return run.total > 0 ? Math.min(1, Math.max(0, run.done / run.total)) : 0;
 }
 
 /** Mean of the last `window` values up to each. */

@@ -16,11 +16,6 @@ export function scaleColour(share) {
   return `rgb(${red} ${green} ${blue})`;
 }
 
-/** Black or white, whichever can be read on `scaleColour(share)`. */
-export function inkOn(share) {
-  return share > 0.8 || share < 0.08 ? "#fff" : "#111";
-}
-
 /** Where `value` lies between `low` and `high`, 0 to 1; 0.5 where these are the same. */
 export function place(value, low, high) {
   return high > low ? Math.min(1, Math.max(0, (value - low) / (high - low))) : 0.5;

@@ -1,13 +1,15 @@
 /** Arithmetic of the compare widget: which saved picture stands for which frame of the video. */
 
-/** The frame that picture `index` of `pictures` evenly spaced ones shows, out of `frames`. */
-export function frameOf(index, pictures, frames) {
-  return pictures > 1 ? Math.round((index * (frames - 1)) / (pictures - 1)) : 0;
+/** The frames that the pictures of a comparison show, ascending; evenly spaced where it does not say which. */
+export function shownFrames(payload) {
+  const [pictures, frames] = [pictureCount(payload), payload?.frames ?? pictureCount(payload)];
+  const evenly = (index) => (pictures > 1 ? Math.round((index * (frames - 1)) / (pictures - 1)) : 0);
+  return Array.from({ length: pictures }, (_, index) => payload.shown_frames?.[index] ?? evenly(index));
 }
 
-/** The picture nearest to a frame. */
-export function pictureOf(frame, pictures, frames) {
-  return frames > 1 && pictures > 1 ? Math.round((frame * (pictures - 1)) / (frames - 1)) : 0;
+/** The index in `shown` that is nearest to a frame. */
+export function pictureOf(frame, shown) {
+  return shown.reduce((best, at, index) => (Math.abs(at - frame) < Math.abs(shown[best] - frame) ? index : best), 0);
 }
 
 /** How many pictures both videos have. */

@@ -2,7 +2,7 @@
 
 import { lineChart } from "./charts.js";
 import { chain, growToFit } from "./comfy.js";
-import { frameOf, perFrame, pictureCount, pictureOf } from "./compare_model.js";
+import { perFrame, pictureCount, pictureOf, shownFrames } from "./compare_model.js";
 import { element, keepKeys } from "./dom.js";
 import { decibels, number } from "./format.js";
 import { frameStore } from "./frame_store.js";
@@ -60,6 +60,7 @@ function compareView() {
   keepKeys(root);
 
   let payload = null;
+  let shown = [];
   let store = null;
   let line = null;
   let index = 0;
@@ -79,7 +80,7 @@ function compareView() {
 
   async function showPicture(next) {
     index = Math.min(Math.max(0, next), Math.max(0, pictures() - 1));
-    const frame = frameOf(index, pictures(), frames());
+    const frame = shown[index] ?? 0;
     const psnr = perFrame(payload.psnr)[frame];
     const text = t("compare.frameOf", "{frame} / {frames}", { frame: frame + 1, frames: frames() });
     scrubber.value = index;
@@ -150,7 +151,7 @@ function compareView() {
     line = lineChart(values, name);
     line.root.addEventListener("pointerdown", (event) => {
       stop();
-      showPicture(pictureOf(line.indexAt(event), pictures(), frames()));
+      showPicture(pictureOf(line.indexAt(event), shown));
     });
     chart.append(line.root);
   }
@@ -162,7 +163,7 @@ function compareView() {
       list.push(chip(t("compare.identical", "identical"), "good", t("compare.identicalHint", "Every pixel of every frame is the same")));
     }
     if (Number.isFinite(payload.psnr?.mean)) {
-      list.push(chip(`PSNR ${decibels(payload.psnr.mean, language())}`, "plain", t("compare.psnr", "Mean over the frames; higher is closer")));
+      list.push(chip(`PSNR ${decibels(payload.psnr.mean, language())}`, "plain", t("compare.psnr", "Over all frames; higher is closer")));
     }
     if (Number.isFinite(payload.ssim?.mean)) {
       list.push(chip(`SSIM ${number(payload.ssim.mean, 4, language())}`, "plain", t("compare.ssim", "Structural similarity; 1 is identical")));
@@ -170,7 +171,7 @@ function compareView() {
     const worst = payload.psnr?.worst_frame;
     if (Number.isInteger(worst) && !payload.identical) {
       const name = t("compare.worst", "worst frame {frame}", { frame: worst + 1 });
-      const go = () => showPicture(pictureOf(worst, pictures(), frames()));
+      const go = () => showPicture(pictureOf(worst, shown));
       list.push(element("button", { type: "button", class: "qvd-chip qvd-warn", title: decibels(payload.psnr.min, language()), onclick: go }, name));
     }
     chips.replaceChildren(...list);
@@ -179,6 +180,7 @@ function compareView() {
   function show(next) {
     stop();
     payload = next;
+    shown = shownFrames(payload);
     store = frameStore(payload);
     if (pictures() === 0) {
       root.replaceChildren(element("p", { class: "qvd-hint qvd-stage-empty" }, t("compare.noFrames", "The comparison holds no frames.")));

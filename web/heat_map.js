@@ -1,6 +1,6 @@
 /** A heat map depth by kind as a grid that the arrow keys walk through, with one line that says what is where. */
 
-import { inkOn, place, scaleColour } from "./charts.js";
+import { place, scaleColour } from "./charts.js";
 import { element } from "./dom.js";
 import { rowLabels } from "./report_model.js";
 import { t } from "./translate.js";
@@ -24,7 +24,6 @@ export function heatMapView(map, { write, choose, name }) {
         if (cell) {
           const share = place(cell.value, map.low, map.high);
           data.style.setProperty("--qvd-cell", scaleColour(share));
-          data.style.setProperty("--qvd-ink", inkOn(share));
           data.setAttribute("aria-label", `${map.rows[row]} ${map.columns[column]}: ${write(cell.value)}`);
           data.title = `${cell.layer.name}\n${write(cell.value)}`;
           data.addEventListener("pointerenter", () => tell(cell));

@@ -106,6 +106,6 @@ export function keptCard(report) {
     "details",
     { class: "qvd-card" },
     element("summary", {}, t("report.keptList", "Kept in full precision: {count}", { count: kept.length })),
-    element("ul", { class: "qvd-list" }, kept.map(([name, why]) => element("li", {}, element("code", { title: name }, shortened(name, 40)), element("span", {}, why)))),
+    element("ul", { class: "qvd-list qvd-reasons" }, kept.map(([name, why]) => element("li", {}, element("code", { title: name }, shortened(name, 40)), element("span", {}, why)))),
   );
 }

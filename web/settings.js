@@ -2,7 +2,7 @@
 
 import { api, setting } from "./comfy.js";
 
-const PRESETS = ["fast", "best", "paper"];
+const PRESETS = ["auto", "fast", "best", "paper"];
 const WITH_PRESET = ["QVDQuantizeModel", "QVDCalibrate", "QVDCalibrateTwoExperts"];
 
 /** `settings` of the extension, as the front end wants them. */
@@ -11,7 +11,7 @@ export const settings = [
     id: "QVD.DefaultPreset",
     name: "Preset of new nodes",
     category: ["QVD", "General", "DefaultPreset"],
-    tooltip: "The preset that newly added QVD nodes start with. Nodes of opened workflows keep theirs.",
+    tooltip: "The preset that newly added QVD nodes start with; auto: the one each node has by itself. Nodes of opened workflows keep theirs.",
     type: "combo",
     options: PRESETS,
     defaultValue: PRESETS[0],

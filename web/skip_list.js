@@ -10,11 +10,11 @@ export function namesIn(text) {
     .filter(Boolean);
 }
 
-/** The text with `name` added, or taken out where it is in; lines stay lines. */
+/** The text with `name` added, or taken out where it is in: one a line, or with commas where the text has some. */
 export function toggled(text, name) {
   const names = namesIn(text);
   const next = names.includes(name) ? names.filter((other) => other !== name) : [...names, name];
-  return next.join(/\n/.test(String(text ?? "")) ? "\n" : ", ");
+  return next.join(String(text ?? "").includes(",") ? ", " : "\n");
 }
 
 /** The widgets that hold a skip list, of all QVD Quantize Settings among `nodes`. */

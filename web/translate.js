@@ -41,5 +41,5 @@ export function t(key, english, values = {}) {
 
 /** `text` with every `{name}` that `values` knows replaced. */
 export function filled(text, values) {
-  return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+  return text.replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? String(values[name]) : whole));
 }
