@@ -74,14 +74,14 @@ class QuantizedOp(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_quantized(self.weight):
-            return super().forward(input, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(input, *args, **kwargs)
         if args or any(value is not None for value in kwargs.values()):
             raise QVDError(f"an int8 {type(self).__name__} takes no other arguments than its input.")
         ops.run_every_op()
         if self.weight._params.recipe.plan.kind == "temporal":
             return self._project(input)
         with self._cast(input.device, input.dtype) as (weight, bias):
-            return self._inner(weight, bias)(input)  # type: ignore[no-any-return]
+            return self._inner(weight, bias)(input)
 
     @contextmanager
     def _cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[QuantizedTensor, Tensor | None]]:
@@ -129,7 +129,7 @@ class QuantizedOp(nn.Module):
             assert isinstance(inner, ComfyTemporalLinear)
             inner.operands = self._float_operands
             known = self.__dict__["_known"] = _Table(state, input.device, inner)
-        return known.inner(input)  # type: ignore[no-any-return]
+        return known.inner(input)
 
     def _float_operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """float32 weight [N, C] and bias [N] of a temporal projection on `device`."""
@@ -182,7 +182,7 @@ class QuantizedOp(nn.Module):
         return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight = state_dict.get(f"{prefix}weight")
+        weight: Any = state_dict.get(f"{prefix}weight")
         if not is_quantized(weight):
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
@@ -262,7 +262,7 @@ def inner_layer(outer: QuantizedOp, weight: QuantizedTensor, bias: Tensor | None
     if params.fold is not None:
         bias = params.fold if bias is None else bias + params.fold.to(bias.dtype)
     # Plain tensors: a new parameter of an inference tensor could not be made outside of inference mode.
-    inner._parameters["weight"] = weight._qdata  # type: ignore[assignment]
+    inner._parameters["weight"] = weight._qdata
     inner._parameters["bias"] = bias  # type: ignore[assignment]
     inner._buffers["weight_scale"] = params.scale
     for name in CALIBRATED:

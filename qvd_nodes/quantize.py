@@ -92,7 +92,7 @@ def _data_free_codebook(model: nn.Module, encoding: Encoding, read: WeightSource
     if quantizer is None:
         return {}
     return {
-        name: codebook_tensors(quantizer, layer.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+        name: codebook_tensors(quantizer, layer.weight.shape[1])  # type: ignore[index, arg-type]
         for name, layer in zip(waiting, layers, strict=True)
     }
 

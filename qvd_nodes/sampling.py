@@ -122,7 +122,7 @@ def run_sampler(
             last_step=settings.last_step,
             **common,
         )
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def digest_of(value: Any) -> str:

@@ -70,7 +70,7 @@ def patched_tensor(patcher: ModelPatcher, name: str, device: torch.device) -> Te
         return None
     patches = patcher.patches.get(key)
     if not patches:
-        return management.cast_to_device(tensor.detach(), device, None)  # type: ignore[no-any-return]
+        return management.cast_to_device(tensor.detach(), device, None)
     value = management.cast_to_device(tensor.detach(), device, torch.float32, copy=True)
     changed: Tensor = lora.calculate_weight(patches, value, key)
     if changed.shape != tensor.shape:

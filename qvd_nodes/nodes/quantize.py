@@ -73,7 +73,7 @@ class QuantizeSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        bits = {"default": 8, "min": BITS[0], "max": BITS[-1]}
+        bits: dict[str, Any] = {"default": 8, "min": BITS[0], "max": BITS[-1]}
         return io.Schema(
             node_id="QVDQuantizeSettings",
             display_name="QVD Quantize Settings",

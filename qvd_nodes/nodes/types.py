@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from qvd_core.errors import QVDError
 from qvd_core.presets import PRESETS, preset
@@ -14,7 +14,7 @@ CATEGORY = "QVD"
 ScalesType: Any = io.Custom("QVD_SCALES")
 SettingsType: Any = io.Custom("QVD_SETTINGS")
 
-AUTO = "auto"
+AUTO: Final = "auto"
 PRESET_TOOLTIP = (
     "fast: no calibration needed, the least work while sampling. best: the least loss, needs scales. paper: the QVD "
     "paper's recipe with static scales, needs scales."

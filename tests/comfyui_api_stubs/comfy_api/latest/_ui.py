@@ -1,0 +1,1 @@
+"""Ready-made `ui` results of nodes. QVD makes its own."""
