@@ -25,9 +25,10 @@ from examples.moving_digits import sampling
 from examples.moving_digits.pictures import write_comparison_gif, write_comparison_png
 from qvd_core.layers import QuantizedLayer
 from qvd_core.quality import psnr, ssim
-from qvd_core.report import write_report
+from qvd_core.report import frame_strip, write_report
 from qvd_core.scales import Scales
 from qvd_diffusers import QVDConfig, calibrate
+from qvd_diffusers.cli_report import report_of_folder
 
 COMPARED_CLIPS = 4
 ROUNDS = 2  # of sampling them all with every pipeline, for the median time of a step
@@ -86,8 +87,7 @@ def run(name: str, out: Path) -> None:
     print_table(figures)
     png = write_comparison_png(out / "compare.png", reference.video, int8.video, prompts)
     gif = write_comparison_gif(out / "compare.gif", reference.video, int8.video)
-    pictures = {"Full precision | int8 | difference ×8": gif, "Frame by frame": png}
-    report = write_report(out / "report.html", f"QVD on the {name} miniature", figures, scales.report, pictures)
+    report = write_demo_report(out / "report.html", name, saved / DENOISER[name], scales, reference, int8)
     print(f"\nLook at {gif}, {png} and {report}; the quantized pipeline is in {saved}.")
     if not identical:
         raise SystemExit("the reloaded pipeline gave other frames than the one that was saved")
@@ -153,6 +153,25 @@ def quality_figures(reference: Sampled, int8: Sampled, scales: Scales) -> list[t
         ),
         ("mean layer SQNR, before → after SCRI", f"{summary['sqnr_db_before']:.1f} → {summary['sqnr_db']:.1f} dB"),
     ]
+
+
+def write_demo_report(path: Path, name: str, folder: Path, scales: Scales, reference: Sampled, int8: Sampled) -> Path:
+    """The report of the quantized folder, with what was measured and the frames of the first clip."""
+    decibels, similarity = psnr(int8.video, reference.video), ssim(int8.video, reference.video)
+    quality = {
+        "psnr_db_mean": float(decibels.mean()),
+        "ssim_mean": float(similarity.mean()),
+        "psnr_db_min": float(decibels.min()),
+        "ssim_min": float(similarity.min()),
+    }
+    speed = {
+        "seconds_per_step_float": reference.seconds_per_step,
+        "seconds_per_step_int8": int8.seconds_per_step,
+    }
+    first, second = (video[0].permute(1, 2, 3, 0) for video in (reference.video, int8.video))  # [T, H, W, 3]
+    strip = {"Frames: full precision, int8 and their difference": frame_strip(first, second)}
+    report = report_of_folder(folder, scales, quality=quality, speed=speed)
+    return write_report(path, report, f"QVD on the {name} miniature", strip)
 
 
 def print_table(figures: Sequence[tuple[str, str]]) -> None:

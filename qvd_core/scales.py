@@ -84,6 +84,7 @@ class Scales:
         for rounding="gptq".
     report: layer -> figures (output SQNR in dB, coverage before and after, ...).
     calibrated_on: prompts, steps and whatever else the caller wants remembered.
+    observed: small summaries of what calibration saw, for the pictures of `qvd_core.report`; plain JSON.
     """
 
     model_class: str
@@ -94,6 +95,7 @@ class Scales:
     rows: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     calibrated_on: dict[str, Any] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write to `path`, atomically. Raises QVDError when the file cannot be written."""
@@ -113,6 +115,7 @@ class Scales:
             "temporal": {name: [quantizer.name, quantizer.bits] for name, quantizer in self.temporal.items()},
             "report": self.report,
             "calibrated_on": self.calibrated_on,
+            "observed": self.observed,
         }
         return write_tensors(path, tensors, description)
 
@@ -143,6 +146,7 @@ class Scales:
                 rows=_rows(layers, tensors),
                 report={name: _figures(values) for name, values in description["report"].items()},
                 calibrated_on=dict(description["calibrated_on"]),
+                observed=dict(description.get("observed", {})),  # not in files of older versions
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise QVDError(f"scales file {path} is damaged ({error}): calibrate again.") from error

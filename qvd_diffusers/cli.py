@@ -1,4 +1,4 @@
-"""The command `qvd`: calibrate, quantize, inspect, compare. Bad input ends with one line and exit code 2."""
+"""The command `qvd`: calibrate, quantize, inspect, compare, report. Bad input ends with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from qvd_core.errors import QVDError
 from qvd_core.quality import psnr, ssim
 from qvd_core.scales import Scales
 from qvd_core.spec import Activation, Rounding
+from qvd_diffusers import cli_report
 from qvd_diffusers.config import COMPUTE_DTYPES, DENOISERS, QVDConfig
 from qvd_diffusers.kernels import describe_kernels
 from qvd_diffusers.listing import describe, megabytes, read_json, recorded_method, table
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--sensitivity", action="store_true", default=None, help="measure every layer's end effect")
     command.add_argument("--no-cache", action="store_true", help="calibrate anew and keep nothing in the cache")
+    command.add_argument("--report", type=Path, metavar="FILE", help="also write the report, e.g. report.html")
     command.add_argument("--out", required=True, type=Path, help="scales file to write, e.g. scales.safetensors")
 
     command = _command(commands, "quantize", run_quantize, "quantize a pipeline's denoiser and save the pipeline")
@@ -90,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("reference", help="folder or Hub name of the full-precision pipeline")
     command.add_argument("quantized", help="folder or Hub name of the quantized pipeline")
     _add_sampling(command)
+
+    command = _command(commands, "report", run_report, "write a page on a quantization: errors, ranges, memory")
+    cli_report.add_options(command)
     return parser
 
 
@@ -151,6 +156,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         seed=options.seed,
         cache=not options.no_cache,
         sensitivity=options.sensitivity,
+        report=options.report,
         **call,
     )
     for path, scales in named_files(options.out, found).items():
@@ -209,6 +215,11 @@ def run_compare(options: argparse.Namespace) -> None:
     rows = [*zip(prompts, figures, strict=True), ("mean", tuple(means))]
     print(table(("prompt", "PSNR dB", "SSIM"), [(name, f"{pair[0]:.2f}", f"{pair[1]:.4f}") for name, pair in rows]))
     print(f"denoiser: {megabytes(sizes[0])} against {megabytes(sizes[1])} ({sizes[1] / sizes[0]:.2f})")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """`qvd report`."""
+    cli_report.run_report(options, find_files(options.scales) if options.scales else None)
 
 
 def named_files(out: Path, found: Scales | dict[str, Scales]) -> dict[Path, Scales]:

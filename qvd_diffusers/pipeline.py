@@ -22,6 +22,7 @@ from qvd_core.fingerprint import weight_probe
 from qvd_core.layers import QuantizedLayer
 from qvd_core.observation import Observation, watch
 from qvd_core.observation_state import load_observations, save_observations
+from qvd_core.report import report_of_model, write_report
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_diffusers.config import QVDConfig
@@ -54,6 +55,7 @@ def calibrate(
     cache: bool | str | Path | ScaleCache = True,
     progress: bool = True,
     sensitivity: bool | None = None,
+    report: str | Path | None = None,
     **call: Any,
 ) -> Any:
     """Sample with a pipeline and find the quantization scales of its denoiser: `Scales`.
@@ -73,6 +75,8 @@ def calibrate(
     progress: show a progress bar and say when cached scales were used.
     sensitivity: also measure what each layer, quantized alone, does to the denoiser's output; default: when the config
         has `auto_keep`.
+    report: an HTML file to write the report to (docs/report.md), with its JSON beside it; of several denoisers, one
+        file each, with the component in its name. It never fails a calibration: what goes wrong is one warning.
     call: the other arguments of the pipeline call. Use those you will sample with: all steps and both guidance branches
         are observed, so size, number of steps and guidance should be the real ones.
 
@@ -102,7 +106,21 @@ def calibrate(
         store.finish(found)
     else:
         _say(f"Using cached scales {store.where()} (calibrated on {job.size()}).", progress)
+    if report is not None:
+        _write_reports(Path(report), observations, found, spec)
     return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _write_reports(
+    path: Path, observations: Mapping[str, Observation], found: Mapping[str, Scales], spec: QuantSpec
+) -> None:
+    """The report of every denoiser; or a warning: scales that took an hour must not be lost for it."""
+    for name, observation in observations.items():
+        own = path.with_name(f"{path.stem}.{name}{path.suffix}") if len(observations) > 1 else path
+        try:
+            write_report(own, report_of_model(observation.model, spec, found[name]))
+        except Exception as error:
+            logger.warning("No report was written to %s: %s", own, str(error).strip() or type(error).__name__)
 
 
 def _sample(job: Job, store: _Store, progress: bool) -> None:

@@ -10,7 +10,10 @@ from qvd_core.report.comparison import (
 )
 from qvd_core.report.data import Report
 from qvd_core.report.figures import FIGURES, summary_picture
-from qvd_core.report.page import write_report
+from qvd_core.report.kept import kept_layers
+from qvd_core.report.model import report_of_model
+from qvd_core.report.page import render_page
+from qvd_core.report.write import write_pictures, write_report
 
 __all__ = [
     "FIGURES",
@@ -20,7 +23,11 @@ __all__ = [
     "compare_videos",
     "comparison_chart",
     "frame_strip",
+    "kept_layers",
+    "render_page",
+    "report_of_model",
     "side_by_side",
     "summary_picture",
+    "write_pictures",
     "write_report",
 ]

@@ -14,7 +14,7 @@ from qvd_core.errors import QVDError
 ThemeName = Literal["light", "dark"]
 
 PIXELS_PER_INCH = 72  # one CSS pixel is one point
-COLOURS = 128  # of a PNG's palette
+COLOURS = 192  # of a PNG's palette
 HEAT = "cividis"  # ordered by lightness alone, made for colour-blind readers
 CHANGE = "PuOr"
 
@@ -64,7 +64,7 @@ def to_png(figure: Any, zoom: float = 2.0, colours: int = COLOURS) -> bytes:
     width, height = canvas.get_width_height()
     picture = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
     buffer = io.BytesIO()
-    picture.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -92,6 +92,14 @@ def label_axes(axes: Any, theme: Theme, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, color=theme.faint, fontsize=10)
 
 
+def colour_bar(figure: Any, axes: Any, image: Any, text: str, theme: Theme) -> None:
+    """The scale of an image's colours, on its right."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
+    bar.ax.tick_params(colors=theme.faint, labelcolor=theme.ink, labelsize=9)
+    bar.outline.set_visible(False)
+    bar.set_label(text, color=theme.faint, fontsize=10)
+
+
 def shortened(text: str, length: int) -> str:
     """`text`, without its middle where it is longer than `length`: both ends of a layer's name say something."""
     if len(text) <= length:
@@ -104,6 +112,4 @@ def heat_map(name: str, missing: str) -> Any:
     """A colour map of matplotlib with a colour of its own for missing values."""
     from matplotlib import colormaps
 
-    found = colormaps[name].copy()
-    found.set_bad(missing)
-    return found
+    return colormaps[name].with_extremes(bad=missing)

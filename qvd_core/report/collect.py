@@ -39,6 +39,7 @@ def collect(
     kept: Mapping[str, str] | None = None,
     float_bytes: int = 0,
     int8_bytes: int = 0,
+    layer_bytes: Mapping[str, int] | None = None,
     quality: Mapping[str, float] | None = None,
     speed: Mapping[str, float] | None = None,
 ) -> Report:
@@ -46,7 +47,8 @@ def collect(
 
     plan: its quantized layers; with an empty one, the layers of `scales` are reported. shapes: of their float weights
     [N, K] or [N, C, ...]; a layer without one has no size. scales: what calibration found; None for data-free.
-    kept: layer -> why it stays in full precision. float_bytes, int8_bytes: of the whole model. quality, speed: whatever
+    kept: layer -> why it stays in full precision. float_bytes, int8_bytes: of the whole model. layer_bytes: of
+    quantized layers, where they were counted; else they are what the plan says. quality, speed: whatever
     was measured, by name (`words.LABELS` has words for the usual ones); infinite values are kept as None.
     Raises QVDError when the scales hold none of the planned layers.
     """
@@ -55,7 +57,7 @@ def collect(
             f"these scales ({scales.model_class}) know none of the {len(plan)} layers of this "
             f"{model_name or 'model'}: give those it was quantized with."
         )
-    layers = _layers(plan, spec, shapes, scales)
+    layers = _layers(plan, spec, shapes, scales, layer_bytes or {})
     report = Report(
         model=model_name or (scales.model_class if scales is not None else ""),
         family=family_name,
@@ -95,7 +97,11 @@ def planned_bytes(layer: LayerPlan, shape: tuple[int, ...], spec: QuantSpec) -> 
 
 
 def _layers(
-    plan: Mapping[str, LayerPlan], spec: QuantSpec, shapes: Mapping[str, tuple[int, ...]], scales: Scales | None
+    plan: Mapping[str, LayerPlan],
+    spec: QuantSpec,
+    shapes: Mapping[str, tuple[int, ...]],
+    scales: Scales | None,
+    counted: Mapping[str, int],
 ) -> tuple[LayerReport, ...]:
     names = list(plan) or ([*scales.layers, *scales.temporal] if scales is not None else [])
     found = scales.report if scales is not None else {}
@@ -104,6 +110,8 @@ def _layers(
     for name in names:
         layer, shape = plan.get(name), tuple(int(length) for length in shapes.get(name, ()))
         figures = found.get(name, {})
+        planned = planned_bytes(layer, shape, spec) if layer is not None and len(shape) > 1 else 0
+        size = counted.get(name, planned)
         reports.append(
             LayerReport(
                 name=name,
@@ -113,7 +121,7 @@ def _layers(
                 shape=shape,
                 weight_bits=layer.weight_bits(spec) if layer is not None else spec.weight_bits,
                 activation=_activation(layer, spec),
-                bytes=planned_bytes(layer, shape, spec) if layer is not None and len(shape) > 1 else 0,
+                bytes=size,
                 sqnr_db=rounded(figures.get("sqnr_db")),
                 sqnr_db_before=rounded(figures.get("sqnr_db_before")),
                 coverage=rounded(figures.get("coverage")),
@@ -136,16 +144,18 @@ def _activation(layer: LayerPlan | None, spec: QuantSpec) -> str:
 
 
 def _ranges(scales: Scales, worst: list[str]) -> tuple[ChannelRanges, ...]:
-    """Of the worst layers; of layers that read one input, the first."""
-    shown: list[tuple[LayerScales, ChannelRanges]] = []
+    """Of the worst layers, at most one of each part of the blocks; of layers that read one input, the first."""
+    where = places(scales.layers)
+    shown: dict[str, LayerScales] = {}
     for name in worst:
         layer = scales.layers.get(name)
-        if layer is None or any(_same_input(layer, other) for other, _ in shown):
+        if layer is None or any(_same_input(layer, other) for other in shown.values()):
             continue
-        shown.append((layer, _channel_ranges(name, layer)))
+        if all(where[name][1] != where[other][1] for other in shown):
+            shown[name] = layer
         if len(shown) == RANGES_SHOWN:
             break
-    return tuple(ranges for _, ranges in shown)
+    return tuple(_channel_ranges(name, layer) for name, layer in shown.items())
 
 
 def _same_input(one: LayerScales, other: LayerScales) -> bool:
@@ -209,7 +219,7 @@ def _temporal(scales: Scales) -> tuple[TemporalReport, ...]:
 
 def _observed(scales: Scales, key: str, kind: Any) -> Any:
     """A part of what calibration saw; None where the file has none, as older ones."""
-    value = getattr(scales, "observed", {}).get(key)
+    value = scales.observed.get(key)
     return None if value is None else from_plain(kind, value, f"the scales' {key}")
 
 

@@ -164,9 +164,7 @@ def check_videos(reference: Tensor, test: Tensor) -> None:
     """Raise QVDError unless both are videos [T, H, W, C] of one size and length, without NaN."""
     for name, video in (("first", reference), ("second", test)):
         if video.dim() != 4 or video.numel() == 0:
-            raise QVDError(
-                f"the {name} video has shape {list(video.shape)}, expected [frames, height, width, channels]."
-            )
+            raise QVDError(f"the {name} video has shape {list(video.shape)}, expected [T, H, W, C], not empty.")
         if not bool(torch.isfinite(video).all()):
             raise QVDError(f"the {name} video holds NaN or infinite values: sample it again in float32 or bfloat16.")
     if reference.shape != test.shape:

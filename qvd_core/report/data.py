@@ -6,7 +6,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from qvd_core.errors import QVDError
@@ -139,6 +139,10 @@ class Report:
         """The layers whose own output has the largest error, the worst first."""
         measured = [layer for layer in self.layers if layer.sqnr_db is not None]
         return sorted(measured, key=lambda layer: (layer.sqnr_db, layer.name))[:count]
+
+    def with_sizes(self, float_bytes: int, int8_bytes: int) -> Report:
+        """The same report with the sizes of the whole model."""
+        return replace(self, float_bytes=float_bytes, int8_bytes=int8_bytes)
 
     def to_json(self) -> str:
         """Strict JSON: neither NaN nor infinity."""

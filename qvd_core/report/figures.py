@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qvd_core.report.canvas import (
-    CHANGE,
-    HEAT,
-    THEMES,
-    Theme,
-    ThemeName,
-    heat_map,
-    new_figure,
-    shortened,
-    style,
-    to_png,
-)
-from qvd_core.report.data import Report, TemporalReport
+from qvd_core.report.canvas import THEMES, Theme, ThemeName, new_figure, shortened, to_png
+from qvd_core.report.data import Report
+from qvd_core.report.matrices import COLUMNS, draw_distances
 from qvd_core.report.panels import (
     draw_drift,
+    draw_kept,
     draw_memory,
+    draw_memory_by_part,
     draw_ranges,
     draw_sqnr_map,
     draw_td_scores,
@@ -33,7 +26,6 @@ from qvd_core.report.words import headline
 WORST_SHOWN = 10
 HALF_WIDTH, FULL_WIDTH = 570, 1170
 SUMMARY_SIZE = (1200, 900)
-SMALLEST_CHANGE = 1e-3  # the colours of changed distances do not magnify less than this
 
 
 @dataclass(frozen=True)
@@ -60,39 +52,24 @@ def summary_picture(report: Report, theme: ThemeName = "light") -> bytes:
         part.set_facecolor(colours.paper)
     _draw_header(header, report, colours)
     left, right = upper.subfigures(1, 2, width_ratios=(1, 1.1))
-    _titled(left, "Output SQNR of every layer", colours)
-    _draw_or_say(
-        left,
-        bool(report.worst(1)),
-        lambda axes: draw_sqnr_map(left, axes, report, colours, 26),
-        "Quantized without calibration:\nno layer's error was measured.",
-        colours,
-    )
-    _titled(right, f"The {min(WORST_SHOWN, len(report.worst(WORST_SHOWN)))} layers with the largest error", colours)
-    _draw_or_say(
-        right,
-        bool(report.worst(1)),
-        lambda axes: draw_worst_layers(axes, report.worst(WORST_SHOWN), colours, 36),
-        "",
-        colours,
-    )
+    worst = report.worst(WORST_SHOWN)
+    if worst:
+        draw_sqnr_map(left, _panel(left, "Output SQNR of every layer", colours), report, colours, 26)
+        draw_worst_layers(_panel(right, f"The {len(worst)} layers with the largest error", colours), worst, colours, 36)
+    else:  # without data
+        draw_memory_by_part(_panel(left, "Where the quantized bytes are", colours), report, colours, WORST_SHOWN)
+        draw_kept(_panel(right, "Kept in full precision", colours), report, colours)
     left, right = lower.subfigures(1, 2, width_ratios=(1.25, 1))
-    _titled(left, "Temporal features", colours)
-    _draw_or_say(
-        left,
-        bool(report.temporal),
-        lambda axes: draw_td_scores(axes, report.temporal[0], colours),
-        "No codebook was fitted to temporal features.",
-        colours,
-    )
-    _titled(right, "Memory of the model", colours)
-    _draw_or_say(
-        right,
-        report.float_bytes > 0,
-        lambda axes: draw_memory(axes, report, colours),
-        "Not known from scales alone.",
-        colours,
-    )
+    axes = _panel(left, "Temporal features", colours)
+    if report.temporal:
+        draw_td_scores(axes, report.temporal[0], colours)
+    else:
+        _say(axes, "Without calibration, nothing was measured.", colours)
+    axes = _panel(right, "Memory of the model", colours)
+    if report.float_bytes:
+        draw_memory(axes, report, colours)
+    else:
+        _say(axes, "Not known from scales alone.", colours)
     return to_png(figure, zoom=1.0)
 
 
@@ -121,18 +98,10 @@ def channel_ranges(report: Report, theme: ThemeName = "light") -> bytes | None:
     """Bands of every channel's range before and after SCRI, of the layers with the largest error."""
     if not report.ranges:
         return None
-    colours = THEMES[theme]
-    figure = new_figure(HALF_WIDTH, 40 + 118 * len(report.ranges), colours)
+    figure = new_figure(HALF_WIDTH, 20 + 126 * len(report.ranges), THEMES[theme])
     coverage = {layer.name: (layer.coverage_before, layer.coverage) for layer in report.layers}
-    for row, ranges in zip(_rows(figure, len(report.ranges), 2), report.ranges, strict=True):
-        used = coverage.get(ranges.layer, (None, None))
-        bands = (("before", ranges.before, colours.before), ("after", ranges.after, colours.after))
-        for axes, share, (when, band, colour) in zip(row, used, bands, strict=True):
-            draw_ranges(axes, band, colour, colours)
-            rotated = ", then rotated" if ranges.rotated and when == "after" else ""
-            levels = "" if share is None else f": {share:.0%} of the levels used"
-            axes.set_title(f"{when}{levels}{rotated}", loc="left", color=colours.faint, fontsize=10)
-        row[0].set_ylabel(shortened(ranges.layer, 22), color=colours.ink, fontsize=9)
+    used = [coverage.get(ranges.layer, (None, None)) for ranges in report.ranges]
+    draw_ranges(figure.subplots(), report.ranges, used, THEMES[theme])
     return to_png(figure)
 
 
@@ -153,36 +122,9 @@ def temporal_distances(report: Report, theme: ThemeName = "light") -> bytes | No
     shown = next((temporal for temporal in report.temporal if temporal.distances), None)
     if shown is None:
         return None
-    colours = THEMES[theme]
-    figure = new_figure(FULL_WIDTH, 400, colours)
-    quantizers = [quantizer for quantizer in shown.quantizers if quantizer.distances]
-    changes = [
-        abs(after - before)
-        for quantizer in quantizers
-        for before, after in zip(shown.distances, quantizer.distances, strict=True)
-    ]
-    limit = max([SMALLEST_CHANGE, *changes])
-    columns = (len(quantizers) + 2) // 2
-    panels = [axes for row in _rows(figure, 2, columns) for axes in row]
-    whole = _matrix(shown, shown.distances)
-    top = max(max(row) for row in whole)
-    distance = panels[0].imshow(whole, cmap=heat_map(HEAT, colours.missing), vmin=0, vmax=top)
-    _label_matrix(panels[0], "full precision", shown, colours)
-    change = None
-    for axes, quantizer in zip(panels[1:], quantizers, strict=False):
-        after = _matrix(shown, quantizer.distances)
-        axes.imshow(_half(after, lower=True), cmap=heat_map(HEAT, "none"), vmin=0, vmax=top)
-        moved = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(whole, after, strict=True)]
-        change = axes.imshow(_half(moved, lower=False), cmap=heat_map(CHANGE, "none"), vmin=-limit, vmax=limit)
-        _label_matrix(axes, f"{quantizer.name}{' (used)' if quantizer.deployed else ''}", shown, colours)
-    for axes in panels[1 + len(quantizers) :]:
-        axes.set_axis_off()
-    for image, label in ((distance, "distance"), (change, "its change (above the diagonal)")):
-        if image is not None:
-            bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01)
-            bar.ax.tick_params(colors=colours.faint, labelcolor=colours.ink, labelsize=9)
-            bar.outline.set_visible(False)
-            bar.set_label(label, color=colours.faint, fontsize=10)
+    rows = math.ceil((1 + len(shown.quantizers)) / COLUMNS)
+    figure = new_figure(HALF_WIDTH, 30 + 155 * rows, THEMES[theme])
+    draw_distances(figure, figure.subplots(), shown, THEMES[theme])
     return to_png(figure)
 
 
@@ -212,7 +154,7 @@ FIGURES: tuple[Figure, ...] = (
         "channel-ranges",
         "Channel ranges before and after SCRI",
         "Each channel's range as a share of the largest value of its tensor, the widest channel on the left. A channel "
-        "that fills the height uses all levels of a scale per tensor.",
+        "that fills the height uses all levels of a scale per tensor. Levels used are those of the deployed scales.",
         channel_ranges,
     ),
     Figure(
@@ -233,7 +175,6 @@ FIGURES: tuple[Figure, ...] = (
         "Below the diagonal the distances between the features of two timesteps after quantization; above it, what "
         "quantization changed. First: full precision.",
         temporal_distances,
-        wide=True,
     ),
 )
 
@@ -252,43 +193,11 @@ def _draw_header(figure: Any, report: Report, theme: Theme) -> None:
         figure.text(left, 0.06, what, color=theme.faint, fontsize=11, va="center")
 
 
-def _titled(figure: Any, title: str, theme: Theme) -> None:
+def _panel(figure: Any, title: str, theme: Theme) -> Any:
     figure.suptitle(title, x=0.02, ha="left", color=theme.ink, fontsize=13, fontweight="bold")
+    return figure.subplots()
 
 
-def _draw_or_say(figure: Any, there: bool, draw: Callable[[Any], None], otherwise: str, theme: Theme) -> None:
-    axes = figure.subplots()
-    if there:
-        draw(axes)
-        return
+def _say(axes: Any, text: str, theme: Theme) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, otherwise, ha="center", va="center", color=theme.faint, fontsize=12)
-
-
-def _matrix(temporal: TemporalReport, distances: Sequence[float]) -> list[list[float]]:
-    """Symmetric [T, T] from its upper triangle, row by row; zeros on the diagonal."""
-    count = len(temporal.timesteps)
-    matrix = [[0.0] * count for _ in range(count)]
-    values = iter(distances)
-    for first in range(count):
-        for second in range(first + 1, count):
-            matrix[first][second] = matrix[second][first] = next(values)
-    return matrix
-
-
-def _half(matrix: Sequence[Sequence[float]], lower: bool) -> list[list[float]]:
-    """The part below (with the diagonal) or above the diagonal, NaN elsewhere."""
-    nan = float("nan")
-    return [
-        [value if (column <= row) == lower else nan for column, value in enumerate(values)]
-        for row, values in enumerate(matrix)
-    ]
-
-
-def _label_matrix(axes: Any, title: str, temporal: TemporalReport, theme: Theme) -> None:
-    style(axes, theme)
-    axes.set_title(title, color=theme.ink, fontsize=11)
-    ends = (0, len(temporal.timesteps) - 1)
-    labels = [f"{temporal.timesteps[index]:.0f}" for index in ends]
-    axes.set_xticks(ends, labels)
-    axes.set_yticks(ends, labels)
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=theme.faint, fontsize=12)

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from qvd_core.report.canvas import HEAT, Theme, heat_map, label_axes, legend, shortened, style
-from qvd_core.report.data import LayerReport, RangeDrift, Report, TemporalReport
+from qvd_core.report.canvas import HEAT, Theme, colour_bar, heat_map, label_axes, legend, shortened, style
+from qvd_core.report.data import ChannelRanges, LayerReport, RangeDrift, Report, TemporalReport
 from qvd_core.report.places import in_depth_order
 
 MOST_NUMBERS = 130  # cells of a heat map that still have room for their numbers
 MOST_NUMBERED_COLUMNS = 12
 MOST_TICKS = 24
+RANGES_PITCH = 3.7  # height of a layer's row of ranges, each of which reaches from -1 to 1
 DASHES: Sequence[Any] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)))
 
 
@@ -25,7 +26,7 @@ def sqnr_grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
         place = layer.part, layer.block
         cells[place] = min(cells[place], layer.sqnr_db or 0.0)
     blocks = in_depth_order(layer.block for layer in measured)
-    parts = list(dict.fromkeys(layer.part for layer in measured))
+    parts = list(dict.fromkeys(layer.part for layer in measured))  # in the order of the model, where that is known
     return blocks, parts, [[cells.get((part, block), math.nan) for block in blocks] for part in parts]
 
 
@@ -36,10 +37,7 @@ def draw_sqnr_map(figure: Any, axes: Any, report: Report, theme: Theme, label_le
     style(axes, theme)
     axes.set_yticks(range(len(parts)), [shortened(part, label_length) for part in parts])
     _label_blocks(axes, blocks, theme)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
-    bar.ax.tick_params(colors=theme.faint, labelcolor=theme.ink, labelsize=9)
-    bar.outline.set_visible(False)
-    bar.set_label("output SQNR (dB)", color=theme.faint, fontsize=10)
+    colour_bar(figure, axes, image, "output SQNR (dB)", theme)
     if len(blocks) * len(parts) <= MOST_NUMBERS and len(blocks) <= MOST_NUMBERED_COLUMNS:
         low, high = image.get_clim()
         for row, values in enumerate(grid):
@@ -139,6 +137,40 @@ def draw_memory(axes: Any, report: Report, theme: Theme) -> None:
         )
 
 
+def draw_memory_by_part(axes: Any, report: Report, theme: Theme, count: int, label_length: int = 30) -> None:
+    """Bars of the quantized bytes of the largest parts, summed over all blocks."""
+    sizes: dict[str, int] = defaultdict(int)
+    for layer in report.layers:
+        sizes[layer.part] += layer.bytes
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:count]
+    top = max([1, *(size for _, size in largest)])
+    axes.barh(range(len(largest)), [size for _, size in largest], color=theme.after, height=0.62)
+    style(axes, theme)
+    axes.set_yticks(range(len(largest)), [shortened(part, label_length) for part, _ in largest])
+    axes.set_ylim(max(count, len(largest)) - 0.4, -0.6)
+    axes.set_xlim(0, top * 1.25)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    for row, (_, size) in enumerate(largest):
+        axes.text(top * 0.015 + size, row, in_bytes(size), va="center", color=theme.ink, fontsize=10)
+
+
+def draw_kept(axes: Any, report: Report, theme: Theme, lines: int = 11) -> None:
+    """What stays in full precision and why, as text."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, why in report.kept.items():
+        reasons[why].append(name)
+    text: list[tuple[str, str]] = []
+    for why, names in reasons.items():
+        text.append((shortened(f"{len(names)}: {why}", 72), theme.ink))
+        text += [(f"    {shortened(name, 60)}", theme.faint) for name in names[:4]]
+        if len(names) > 4:
+            text.append((f"    and {len(names) - 4} more", theme.faint))
+    axes.set_axis_off()
+    for row, (line, colour) in enumerate(text[:lines]):
+        axes.text(0.0, 0.97 - row / lines, line, color=colour, fontsize=11, va="top", transform=axes.transAxes)
+
+
 def draw_drift(axes: Any, drifts: Sequence[RangeDrift], theme: Theme) -> None:
     """One line per layer: its range over the timesteps, which run from noise to video, left to right."""
     lines = [theme.after, theme.before, theme.ink, theme.faint]
@@ -161,19 +193,35 @@ def draw_drift(axes: Any, drifts: Sequence[RangeDrift], theme: Theme) -> None:
     legend(axes, theme, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
 
 
-def draw_ranges(axes: Any, ranges: Sequence[tuple[float, float]], colour: str, theme: Theme) -> None:
-    """A band from the minimum to the maximum of each channel, the widest on the left."""
-    places = [index / max(1, len(ranges) - 1) for index in range(len(ranges))]
-    low, high = [low for low, _ in ranges], [high for _, high in ranges]
-    axes.fill_between(places, low, high, color=colour, alpha=0.85, linewidth=0, step="mid")
-    style(axes, theme)
-    axes.axhline(0, color=theme.faint, linewidth=0.6)
-    axes.set_ylim(-1.05, 1.05)
-    axes.set_xlim(0, 1)
-    axes.set_xticks([])
-    axes.set_yticks([-1, 0, 1])
+def draw_ranges(
+    axes: Any, shown: Sequence[ChannelRanges], used: Sequence[Sequence[float | None]], theme: Theme
+) -> None:
+    """Bands from minimum to maximum of each channel, the widest on the left: a row per layer, before and after.
+
+    used: of each layer the coverage before and after, for the words.
+    """
+    axes.set_axis_off()
+    for row, (ranges, coverage) in enumerate(zip(shown, used, strict=True)):
+        middle = -RANGES_PITCH * row
+        axes.text(0, middle + 1.65, ranges.layer, color=theme.ink, fontsize=10.5, va="bottom")
+        bands = (("before", ranges.before, theme.before), ("after", ranges.after, theme.after))
+        for left, (when, band, colour), share in zip((0.0, 1.06), bands, coverage, strict=True):
+            places = [left + index / max(1, len(band) - 1) for index in range(len(band))]
+            low, high = [middle + low for low, _ in band], [middle + high for _, high in band]
+            axes.fill_between(places, low, high, color=colour, linewidth=0, step="mid")
+            for edge in (-1, 0, 1):
+                axes.plot(
+                    (left, left + 1), (middle + edge,) * 2, color=theme.line if edge else theme.faint, linewidth=0.7
+                )
+            rotated = ", then rotated" if ranges.rotated and when == "after" else ""
+            levels = "" if share is None else f": {share:.0%} of the levels used"
+            axes.text(left, middle + 1.12, f"{when}{levels}{rotated}", color=theme.faint, fontsize=10, va="bottom")
+    axes.set_xlim(0, 2.06)
+    axes.set_ylim(-RANGES_PITCH * (len(shown) - 1) - 1.1, 2.3)
 
 
 def in_bytes(count: int) -> str:
-    """Bytes in words: decimal megabytes or gigabytes."""
+    """Bytes in words: decimal kilobytes, megabytes or gigabytes."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

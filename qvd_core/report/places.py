@@ -23,11 +23,16 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def in_depth_order(blocks: Iterable[str]) -> list[str]:
-    """The blocks as data passes through them: in a U-shaped model, what is neither down nor up lies between."""
-    ordered = list(dict.fromkeys(blocks))
+    """The blocks by name and number; in a U-shaped model, what is neither down nor up lies between the two."""
+    ordered = natural_order(dict.fromkeys(blocks))
     if any(block.startswith(_WAY_DOWN) for block in ordered) and any(block.startswith(_WAY_UP) for block in ordered):
         ordered.sort(key=lambda block: 0 if block.startswith(_WAY_DOWN) else 2 if block.startswith(_WAY_UP) else 1)
     return ordered
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted by name, numbers by their value: "blocks.2" comes before "blocks.10"."""
+    return sorted(names, key=lambda name: [(not part.isdigit(), part.zfill(9)) for part in name.split(".")])
 
 
 def _place(parts: list[str]) -> Place:

@@ -88,11 +88,11 @@ def headline(report: Report) -> tuple[str, str, list[Line]]:
         figures.append(("of TDScore kept (TDR)", f"{deployed.tdr:.4f}"))
     faster = speedup(report)
     if faster:
-        figures.insert(2, ("per denoising step", faster))
+        figures.insert(2, ("as fast, per denoising step", faster))
     return f"QVD: {report.model or 'quantized model'}", subtitle, figures
 
 
 def speedup(report: Report) -> str:
     """How many times as fast a step is; "" where it was not measured."""
     before, after = (report.speed.get(f"seconds_per_step_{kind}") for kind in ("float", "int8"))
-    return f"{before / after:.2f}× as fast" if before and after else ""
+    return f"{before / after:.2f}×" if before and after else ""
