@@ -64,7 +64,7 @@ class Family:
     name: what people call it.
     classes: model class names it stands for.
     signature: modules that a model of the family has, where others have a class of the same name.
-    image: it makes single images. QVD is made for videos; nothing but a note to the user follows from this.
+    image: it makes images (or sounds), no videos. Nothing but a note to the user follows from this.
     keep: layers that stay in full precision (embedders, the final projection).
     temporal: projections of the timestep embedding (M = batch): int8 weights, HTDQ features.
     temporal_features: modules to call one after the other on a timestep `[T]` to get the input of the temporal

@@ -22,6 +22,7 @@ from qvd_core.families import (
     unets,
     wan,
 )
+from qvd_core.families.comfyui.images import GENERIC_MINIMUM_FEATURES
 from qvd_core.families.family import Family
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,7 @@ FAMILIES: tuple[Family, ...] = (
 COMFYUI_FAMILIES: tuple[Family, ...] = comfyui.FAMILIES
 """Of the models of ComfyUI: what its `BaseModel.diffusion_model` is."""
 
-GENERIC_MINIMUM_FEATURES = 64
 GENERIC = Family(name="generic", classes=(), keep=(), minimum_features=GENERIC_MINIMUM_FEATURES)
-GENERIC_IMAGE = replace(GENERIC, name="generic image", image=True)
 
 # Class names of what QVD does not quantize: image and audio denoisers, autoencoders, text and image encoders.
 # Names of one part, so the pattern grammar's "*" cannot be used; a prefix or suffix says enough.
@@ -73,8 +72,8 @@ def find_family(model: Any) -> Family | None:
 def family_or_generic(model: Any) -> Family:
     """The family of a model, or the generic rule for an unknown denoiser (one log line says so).
 
-    Raises QVDError for a model that is known not to be a video denoiser. What ComfyUI calls a diffusion model is one,
-    or makes images, which a second line says.
+    Raises QVDError for a model that is known not to be a video denoiser, unless it is a denoiser of ComfyUI: those
+    that make images are quantized too, and one more line says so.
     """
     family = find_family(model)
     name = _class_name(model)
@@ -92,14 +91,14 @@ def family_or_generic(model: Any) -> Family:
             name,
             GENERIC_MINIMUM_FEATURES,
         )
-        family = GENERIC_IMAGE if image else GENERIC
+        family = comfyui.GENERIC_IMAGE if image else GENERIC
     if family.image:
-        logger.info("%s makes images: QVD quantizes it, but is made for and measured on video models.", name)
+        logger.info("%s makes no videos: QVD quantizes it, but is made for and measured on video models.", name)
     return family
 
 
 def is_image_model(model: Any) -> bool:
-    """Whether a model makes single images: QVD works on those of ComfyUI, but is made for and measured on video."""
+    """Whether a model makes images (or sounds) and no videos: QVD takes those of ComfyUI, but is made for videos."""
     family = find_family(model)
     if family is not None:
         return family.image

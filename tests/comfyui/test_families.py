@@ -59,6 +59,7 @@ def name(request: pytest.FixtureRequest) -> str:
 class TestEntries:
     def test_every_tiny_model_is_counted(self):
         assert set(LAYERS) == set(PLACES) == set(CLASS_OF)
+        assert set(snapshot_trees.MODELS) == set(VIDEO_CLASSES) == set(trees.recorded_classes())
 
     def test_layers_are_as_counted(self, name):
         model = recorded(name)
@@ -156,7 +157,7 @@ class TestImageModels:
         with caplog.at_level(logging.INFO, logger="qvd_core"):
             family = family_or_generic(model)
         assert is_image_model(model) and family.image
-        assert "generic rule" in caplog.text and "makes images" in caplog.text
+        assert "generic rule" in caplog.text and "makes no videos" in caplog.text
         assert list(quantizable_layers(model, family, QuantSpec())) == ["1", "2"]
 
     def test_those_of_diffusers_are_still_refused(self):
@@ -166,7 +167,7 @@ class TestImageModels:
             family_or_generic(model)
 
     def test_video_models_are_none(self, name):
-        assert is_image_model(recorded(name)) == (name in ("sd15", "sdxl"))
+        assert is_image_model(recorded(name)) == (name in ("sd15", "sdxl", "anima", "joyimage"))
 
     def test_an_unknown_class_is_none(self):
         assert not is_image_model(trees.skeleton("BrandNewDiT", []))

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvd_core import QuantSpec, find_family, quantize_model
-from qvd_core.families import Family
+from qvd_core import QuantSpec, calibrate_model, find_family, quantize_model
+from qvd_core.families import Family, family_or_generic, is_image_model
 from qvd_core.folds import fold_sites, producer_edits
 from qvd_core.plan import quantizable_layers
 from qvd_core.temporal_fit import embed_timesteps, grid_features
 from tests.comfyui import trees
 from tests.comfyui.checkout import VARIABLE, comfyui, find_checkout
 from tests.comfyui.tiny import BATCH, BUILDERS, FRAMES, TinyModel, tiny_model
+from tests.comfyui.tiny.images import BUILDERS as IMAGE_BUILDERS
 from tests.core.folding import family_of, gemm_layers, is_identity, output_error, random_transforms
 
 pytestmark = [
@@ -93,13 +94,14 @@ class TestEntries:
     def test_layers_that_share_an_input_are_exactly_those_grouped(self, tiny):
         family, names = family_of(tiny), gemm_layers(tiny.model, family_of(tiny))
         read = inputs_read(tiny, names)
+        assert read.keys() == names.keys()  # every layer runs
         claimed: dict[str, set[str]] = {}
         for name in names:
             claimed.setdefault(family.input_group(name), set()).add(name)
         for group in claimed.values():
-            assert len({frozenset(read.get(name, ())) for name in group}) == 1, group
+            assert len({frozenset(read[name]) for name in group}) == 1, group
         # Within one block nothing that reads the same tensor is left apart, but for the prompt, which all blocks read.
-        for name, other in combinations([name for name in names if name in read], 2):
+        for name, other in combinations(names, 2):
             if read[name] == read[other] and not (family.reads_prompt(name) and family.reads_prompt(other)):
                 assert family.input_group(name) == family.input_group(other), (name, other)
 
@@ -141,7 +143,7 @@ class TestEntries:
     def test_arguments_of_the_forward_pass(self, tiny):
         family = family_of(tiny)
         parameters = inspect.signature(tiny.model.forward).parameters
-        assert {family.sample_argument, family.timestep_argument} <= parameters.keys()
+        assert {family.sample_argument, family.timestep_argument} - {""} <= parameters.keys()
         if family.frames_dim is not None:
             assert tiny.latents.shape[family.frames_dim] == FRAMES
 
@@ -163,17 +165,19 @@ class TestFolds:
 def keep_frames_apart(model: nn.Module, patch: pytest.MonkeyPatch) -> nn.Module:
     """A copy in which attention hands nothing from frame to frame: it returns each token's own value."""
 
-    def attend(query, key, value, heads, *args, **kwargs):
+    def attend(query, key, value, heads, *args, **options):
+        if options.get("skip_reshape"):  # [batch, heads, tokens, channels]
+            query, value = (x.transpose(1, 2).flatten(2) for x in (query, value))
         if query.shape == value.shape:
             return value
         return query + value.flatten(2).mean(dim=1, keepdim=True)
 
-    for module in ("ldm.wan.model", "ldm.wan.model_animate", "ldm.wan.ar_model", "ldm.wan.model_wandancer"):
-        patch.setattr(comfyui(module), "optimized_attention", attend)
+    for module in ("wan.model", "wan.model_animate", "wan.ar_model", "wan.model_wandancer", "cosmos.predict2"):
+        patch.setattr(comfyui(f"ldm.{module}"), "optimized_attention", attend)
     return copy.deepcopy(model)
 
 
-WITH_FRAME_ORDER = [name for name in BUILDERS if name.startswith("wan")]
+WITH_FRAME_ORDER = [name for name in BUILDERS if name.startswith(("wan", "cosmos-predict2"))]
 
 
 class TestFrameOrder:
@@ -207,14 +211,49 @@ class TestFrameOrder:
                 assert torch.equal(changed, (of_frame == frame) & (of_batch == entry)), layer
 
 
+@pytest.fixture(params=IMAGE_BUILDERS)
+def tiny_image(request: pytest.FixtureRequest) -> TinyModel:
+    return IMAGE_BUILDERS[request.param]()
+
+
+class TestImageModels:
+    def test_the_generic_rule_takes_their_blocks(self, tiny_image):
+        family = family_or_generic(tiny_image.model)
+        layers = quantizable_layers(tiny_image.model, family, QuantSpec())
+        blocks = ("blocks", "joint_blocks", "transformer_blocks", "layers", "double_blocks", "single_blocks")
+        inside = (*blocks, "noise_refiner", "context_refiner")
+        assert is_image_model(tiny_image.model) and family.image and family.name == "generic image"
+        assert layers and all(name.split(".")[0] in inside for name in layers)
+
+    def test_they_run_quantized(self, tiny_image):
+        assert quantized_error(tiny_image, 0.5) < 0.01
+
+
+def quantized_error(tiny: TinyModel, timestep: float) -> float:
+    """Squared error of a model quantized without data, over the square of its output."""
+    model = quantize_model(copy.deepcopy(tiny.model), QuantSpec(temporal_quantizer="uniform"))
+    with torch.no_grad():
+        expected, found = tiny.forward(tiny.model, timestep), tiny.forward(model, timestep)
+    return float((found - expected).square().mean() / expected.square().mean())
+
+
 class TestQuantized:
     def test_a_quantized_model_runs_and_is_near(self, tiny):
-        """Every layer that is replaced is really called: nothing reaches for the weight of one."""
-        model = quantize_model(copy.deepcopy(tiny.model), QuantSpec(temporal_quantizer="uniform"))
+        """Whatever is replaced is called as before: nothing reaches for the weight of a layer."""
+        assert quantized_error(tiny, sum(family_of(tiny).timestep_range) / 2) < 0.01
+
+    def test_a_calibrated_model_folds_and_is_near(self, tiny, request):
+        if family_of(tiny).name == "LTX-2":
+            reason = "the sampling clock does not take a pair of timesteps yet"
+            request.applymarker(pytest.mark.xfail(raises=ValueError, strict=False, reason=reason))
+        spec = QuantSpec(portable=True, temporal_quantizer="uniform", scale="smooth")
+        lowest, highest = family_of(tiny).timestep_range
+        steps = [lowest + share * (highest - lowest) for share in (0.9, 0.5, 0.1)]
+        scales = calibrate_model(tiny.model, lambda: [tiny.forward(tiny.model, step) for step in steps], spec)
+        model = quantize_model(copy.deepcopy(tiny.model), spec, scales)
         with torch.no_grad():
-            expected, found = tiny.forward(tiny.model), tiny.forward(model)
-        error = (found - expected).square().mean() / expected.square().mean()
-        assert found.isfinite().all() and error < 0.05
+            expected, found = tiny.forward(tiny.model, steps[1]), tiny.forward(model, steps[1])
+        assert (found - expected).square().mean() < 0.01 * expected.square().mean()
 
     def test_with_parameters_in_bfloat16_the_features_stay_near(self, tiny):
         family = family_of(tiny)

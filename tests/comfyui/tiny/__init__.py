@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.comfyui.tiny import hunyuan, unets, wan
+from tests.comfyui.tiny import hunyuan, ltx, others, unets, wan
 from tests.comfyui.tiny.base import BATCH, FRAMES, TinyModel
 
 __all__ = ["BATCH", "BUILDERS", "FRAMES", "TinyModel", "tiny_model"]
 
-BUILDERS = {**wan.BUILDERS, **hunyuan.BUILDERS, **unets.BUILDERS}
+BUILDERS = {**wan.BUILDERS, **hunyuan.BUILDERS, **ltx.BUILDERS, **others.BUILDERS, **unets.BUILDERS}
 
 
 @cache
