@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -21,6 +22,7 @@ from server import PromptServer
 
 ops = comfy.ops
 lora = comfy.lora
+detection = comfy.model_detection
 management = comfy.model_management
 patchers = comfy.model_patcher
 samplers = comfy.samplers
@@ -36,6 +38,7 @@ __all__ = [
     "QuantizedLayout",
     "QuantizedTensor",
     "WrappersMP",
+    "detection",
     "fix_empty_latent_channels",
     "folder_paths",
     "io",

@@ -20,14 +20,13 @@ from qvd_core.errors import QVDError
 from qvd_core.files import METADATA_KEY, write_tensors
 from qvd_core.plan import LayerPlan, plan_from_dict
 from qvd_core.spec import QuantSpec
-from qvd_nodes._comfy import ModelPatcher, loading, management, utils
+from qvd_nodes._comfy import ModelPatcher, detection, loading, management, utils
 from qvd_nodes.layers import FORMAT, FORMAT_VERSION, QuantizedOp, QVDOperations, attach_clock, stored_tensors
 from qvd_nodes.layout import CALIBRATED, Recipe, is_quantized, quantized_weight
 from qvd_nodes.model_copy import remember_how_to_rebuild
 from qvd_nodes.record import Record, attach, record_of
 from qvd_nodes.weights import PREFIX, denoiser, unload
 
-SAVED_PREFIX = "model.diffusion_model."
 LARGEST_DESCRIPTION = 2**16  # bytes of one layer's `comfy_quant` entry
 
 
@@ -75,8 +74,15 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def as_saved(patcher: ModelPatcher, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A denoiser's entries under the names that files of this model have."""
-    saved = patcher.model.state_dict_for_saving(tensors)
-    return {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in saved.items()}
+    return _without_prefix(patcher.model.state_dict_for_saving(tensors))
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries without what whole checkpoints put before a denoiser's names, as its own files have them."""
+    prefix = detection.unet_prefix_from_state_dict(tensors)
+    if not all(name.startswith(prefix) for name in tensors):  # what ComfyUI takes where it finds no prefix
+        return dict(tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def load_patcher(path: str | Path) -> ModelPatcher:
@@ -209,9 +215,7 @@ def _check(tensors: Mapping[str, Tensor], shape: tuple[int, ...], recipe: Recipe
 
 def _check_complete(path: str | Path, patcher: ModelPatcher, given: dict[str, Tensor]) -> None:
     """Raise QVDError when the file lacks tensors of the model: ComfyUI only logs that, and samples noise."""
-    prefix = SAVED_PREFIX if any(name.startswith(SAVED_PREFIX) for name in given) else ""
-    found = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
-    found = patcher.model.model_config.process_unet_state_dict(found)
+    found = patcher.model.model_config.process_unet_state_dict(_without_prefix(given))
     model = denoiser(patcher)
     expected = {
         f"{name}.{key}" if name else key

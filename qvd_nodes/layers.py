@@ -22,11 +22,12 @@ from qvd_core.layers import QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinea
 from qvd_core.plan import plan_to_list
 from qvd_core.temporal_layer import TemporalLinear
 from qvd_nodes._comfy import QuantizedTensor, ops
-from qvd_nodes.layout import CALIBRATED, LAYOUT_NAME, QVDInt8Layout, is_quantized
+from qvd_nodes.layout import CALIBRATED, LAYOUT_NAME, QVDInt8Layout, QVDTensor, is_quantized
 
 FORMAT = "qvd_int8"
 """The name of QVD's layers in `comfy_quant` entries; ComfyUI without QVD refuses it by this name."""
 FORMAT_VERSION = 1
+_STORED_WITH_WEIGHT = ("weight_scale", *CALIBRATED, "comfy_quant")
 
 
 class ComfyTemporalLinear(TemporalLinear):
@@ -47,12 +48,12 @@ _INNER_CLASSES: dict[str, type[QuantizedLayer]] = {
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A temporal projection with its table, and all that the table's rows depend on."""
+class _Inner:
+    """A layer of the core, and all that it was built from; a temporal projection's has its table in it."""
 
     state: tuple[Any, ...]
     device: torch.device
-    inner: ComfyTemporalLinear
+    layer: QuantizedLayer
 
     def holds_for(self, state: tuple[Any, ...], device: torch.device) -> bool:
         same = len(state) == len(self.state) and all(a is b for a, b in zip(state, self.state, strict=True))
@@ -109,27 +110,26 @@ class QuantizedOp(nn.Module):
 
     def _inner(self, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
         """The layer of the core with these tensors; the last one when they are the same."""
-        known = self.__dict__.get("_known")
-        if known is not None and known[0] is weight and known[1] is bias and known[2] is self.clock:
-            inner: QuantizedLayer = known[3]
-            return inner
-        inner = inner_layer(self, weight, bias)
-        # Not as a submodule: it is no part of the model, and must neither be moved nor saved with it.
-        self.__dict__["_known"] = (weight, bias, self.clock, inner)
-        return inner
+        state = (weight, weight._params.scale, bias, self.clock)
+        known: _Inner | None = self.__dict__.get("_known")
+        if known is None or not known.holds_for(state, weight.device):
+            # Not as a submodule: it is no part of the model, and must neither be moved nor saved with it.
+            known = self.__dict__["_known"] = _Inner(state, weight.device, inner_layer(self, weight, bias))
+        return known.layer
 
     def _project(self, input: Tensor) -> Tensor:
         """A temporal projection, whose rows mostly come from a table that lives as long as nothing it holds changes."""
         patches = [getattr(self, f"{name}_lowvram_function", None) for name in ("weight", "bias")]
-        state = (self.weight, self.bias, *self.weight_function, *self.bias_function, *patches)
-        known: _Table | None = self.__dict__.get("_known")
-        if not isinstance(known, _Table) or not known.holds_for(state, input.device):
+        functions = (*self.weight_function, *self.bias_function)
+        state = (self.weight, self.weight._params.scale, self.bias, *functions, *patches)
+        known: _Inner | None = self.__dict__.get("_known")
+        if known is None or not known.holds_for(state, input.device):
             small = self.weight._params.to_device(input.device)
-            inner = inner_layer(self, QuantizedTensor(self.weight._qdata, LAYOUT_NAME, small), None)
+            inner = inner_layer(self, QVDTensor(self.weight._qdata, LAYOUT_NAME, small), None)
             assert isinstance(inner, ComfyTemporalLinear)
             inner.operands = self._float_operands
-            known = self.__dict__["_known"] = _Table(state, input.device, inner)
-        return known.inner(input)
+            known = self.__dict__["_known"] = _Inner(state, input.device, inner)
+        return known.layer(input)  # type: ignore[no-any-return]
 
     def _float_operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """float32 weight [N, C] and bias [N] of a temporal projection on `device`."""
@@ -173,6 +173,14 @@ class QuantizedOp(nn.Module):
             raise QVDError("a patched weight of an int8 layer holds NaN or infinity: the LoRA is damaged, remove it.")
         changed: QuantizedTensor = own.requantize_from_float(weight).to(own.dtype)
         return changed
+
+    def __getattr__(self, name: str) -> Any:
+        """Every entry of the state dict is an attribute, too: hooks and model merges of ComfyUI look for them."""
+        if name in _STORED_WITH_WEIGHT:
+            weight = self.__dict__["_parameters"].get("weight")
+            if is_quantized(weight) and name in (stored := stored_tensors(self)):
+                return stored[name]
+        return super().__getattr__(name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
         if not is_quantized(self.weight):

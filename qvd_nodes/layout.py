@@ -48,6 +48,56 @@ class Recipe:
         return self.plan.weight_bits(self.spec)
 
 
+class QVDTensor(QuantizedTensor):
+    """The weight itself. Beside what ComfyUI's quantized tensors can do, it may be written into.
+
+    Scheduled LoRAs (hooks) do that, with float weights as well as quantized ones. Codes and scales change together, in
+    this tensor and in every other view of it (`detach`, `data`); no tensor of the parameters is ever written into.
+    """
+
+    def _copy_with(
+        self, qdata: Tensor | None = None, params: Any | None = None, clone_params: bool = True
+    ) -> QVDTensor:
+        if params is None:
+            params = self._params.clone() if clone_params else self._params
+        return QVDTensor(self._qdata if qdata is None else qdata, self._layout_cls, params)
+
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors: Any, context: Any, outer_size: Any, outer_stride: Any) -> QVDTensor:
+        plain = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size, outer_stride)
+        return QVDTensor(plain._qdata, plain._layout_cls, plain._params)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]._copy_with(qdata=args[0]._qdata.detach(), clone_params=False)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], QVDTensor):
+            return _write(args[0], args[1])
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, QVDTensor) and result is args[0] and _asks_for_copy(func, args, kwargs or {}):
+            return result._copy_with(qdata=result._qdata.clone())  # `to(copy=True)` gives itself in inference mode
+        return result
+
+
+def _asks_for_copy(operator: Any, args: Any, kwargs: Any) -> bool:
+    names = [argument.name for argument in operator._schema.arguments]
+    if "copy" not in names:
+        return False
+    place = names.index("copy")
+    return bool(kwargs.get("copy", args[place] if len(args) > place else False))
+
+
+def _write(weight: QVDTensor, source: Tensor) -> QVDTensor:
+    """Give a weight the codes and scales of another one of the same layer, or those of a float weight."""
+    if not isinstance(source, QuantizedTensor):
+        source = weight.requantize_from_float(source.to(weight._qdata.device, torch.float32))
+    params, other = weight._params, source._params.to_device(weight._qdata.device)
+    weight._qdata.copy_(source._qdata)
+    for name in ("scale", *CALIBRATED, "fold"):
+        object.__setattr__(params, name, getattr(other, name))
+    return weight
+
+
 class QVDInt8Layout(QuantizedLayout):
     """int8 (or packed 4-bit) codes of a transformed weight W~ = W diag(scale) H, for inputs H (x - shift) / scale."""
 
@@ -141,7 +191,7 @@ def is_quantized(weight: object) -> bool:
 
 def quantized_weight(
     tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, recipe: Recipe
-) -> QuantizedTensor:
+) -> QVDTensor:
     """One layer's quantized weight from its entries in a checkpoint ("weight", "weight_scale", ...).
 
     shape: of the float weight. dtype: what ComfyUI is told the weight's type is, that of the float layers around it.
@@ -150,7 +200,7 @@ def quantized_weight(
     params = QVDInt8Layout.Params(
         scale=tensors["weight_scale"], orig_dtype=dtype, orig_shape=tuple(shape), recipe=recipe, **calibrated
     )
-    return QuantizedTensor(tensors["weight"], LAYOUT_NAME, params)
+    return QVDTensor(tensors["weight"], LAYOUT_NAME, params)
 
 
 register_layout_class(LAYOUT_NAME, QVDInt8Layout)

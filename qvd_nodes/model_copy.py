@@ -109,7 +109,7 @@ def _copy_tree(root: nn.Module, originals: Mapping[str, Tensor]) -> nn.Module:
 
 def _second_parameter(tensor: Tensor) -> nn.Parameter:
     """Another parameter on the same memory: ComfyUI moves each model's parameters in place."""
-    shared = tensor if isinstance(tensor, QuantizedTensor) else tensor.detach()
+    shared = tensor._copy_with() if isinstance(tensor, QuantizedTensor) else tensor.detach()
     return nn.Parameter(shared, requires_grad=False)
 
 
