@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.comfyui.client import Prompt
+from tests.comfyui.object_info import recorded
 
 Output = list[Any]  # [node id, slot]
 
@@ -125,12 +126,17 @@ class Graph:
         extra = {} if after is None else {"after": after}
         return str(self.add("QVDTestModelHash", model=model, again=again, **extra)[0])
 
-    def quantize(self, model: Output, preset: str = "fast", **inputs: Any) -> Output:
+    def quantize(self, model: Output, preset: str = "auto", **inputs: Any) -> Output:
         """QVD Quantize Model."""
         return self.add("QVDQuantizeModel", model=model, preset=preset, **inputs)
 
-    def calibrate(self, model: Output, name: str, *texts: str, preset: str = "best", **settings: Any) -> Output:
-        """QVD Calibrate with one positive conditioning for every text."""
+    def settings(self, **chosen: Any) -> Output:
+        """QVD Quantize Settings: the recorded defaults, and what is chosen."""
+        inputs = recorded()["QVDQuantizeSettings"]["inputs"]
+        return self.add("QVDQuantizeSettings", **({name: entry["default"] for name, entry in inputs.items()} | chosen))
+
+    def calibrate(self, model: Output, name: str, *texts: str, preset: str = "paper", **settings: Any) -> Output:
+        """QVD Calibrate with one positive conditioning for every text; the preset is the one that searches least."""
         chosen: dict[str, Any] = CALIBRATION | {"preset": preset, "use_cache": True} | settings
         if name == "svd":
             positive, negative, latent = self.svd_inputs()

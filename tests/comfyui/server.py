@@ -3,8 +3,10 @@
 `COMFYUI_PATH` names the checkout; `COMFYUI_PYTHON` its interpreter (default: `venv` or `.venv` in it, else ours).
 """
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +79,12 @@ def export(target: Path, *, root: Path = ROOT, kernels: bool = True) -> None:
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, copy)
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when its parent ends, even by a signal that leaves no time to clean up."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Server:
@@ -172,6 +180,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
         )
         # A pipe, not a file: a test may limit the size of the files that the server can write.
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)

@@ -48,7 +48,7 @@ def scales_of_another_kind(graph: Graph) -> str:
 
 def scales_of_another_model(graph: Graph) -> str:
     scales = graph.calibrate(graph.model("hunyuan"), "hunyuan", steps=2)
-    int8 = graph.quantize(graph.model("wan"), "best", scales=scales)
+    int8 = graph.quantize(graph.model("wan"), scales=scales)
     graph.save(graph.sample(int8, "wan"), "bad")
     return str(int8[0])
 
@@ -63,7 +63,19 @@ def load(file: str) -> Case:
 
 
 def quantized_twice(graph: Graph) -> str:
-    int8 = graph.quantize(graph.quantize(graph.model("wan")), "best")
+    int8 = graph.quantize(graph.quantize(graph.model("wan")), "fast")
+    graph.save(graph.sample(int8, "wan"), "bad")
+    return str(int8[0])
+
+
+def static_without_scales(graph: Graph) -> str:
+    int8 = graph.quantize(graph.model("wan"), settings=graph.settings(activation="static"))
+    graph.save(graph.sample(int8, "wan"), "bad")
+    return str(int8[0])
+
+
+def best_without_scales(graph: Graph) -> str:
+    int8 = graph.quantize(graph.model("wan"), "best")
     graph.save(graph.sample(int8, "wan"), "bad")
     return str(int8[0])
 
@@ -158,6 +170,8 @@ CASES: dict[str, tuple[Case, str]] = {
     "a checkpoint that is not there": (load("nowhere.safetensors"), "nowhere"),
     "a float checkpoint in the int8 loader": (load("tiny_wan.safetensors"), "tiny_wan"),
     "a model quantized twice": (quantized_twice, "already|twice"),
+    "static settings without scales": (static_without_scales, "scales"),
+    "the preset best without scales": (best_without_scales, "scales"),
     "calibration of an int8 model": (calibrate_int8, "already|float|int8"),
     "calibration with an empty conditioning": (calibrate_empty_conditioning, "positive|empty|conditioning"),
     "calibration without a positive conditioning": (calibrate_without_positive, "positive"),
@@ -249,7 +263,7 @@ class TestFullDisk:
         graph = Graph()
         model = graph.model("wan")
         scales = graph.calibrate(model, "wan", "no room for this")
-        int8 = graph.quantize(model, "best", scales=scales)
+        int8 = graph.quantize(model, scales=scales)
         hashed = graph.hash(int8, "full")
         before = files(server.cache)
         with full_disk(server):

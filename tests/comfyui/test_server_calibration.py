@@ -19,7 +19,7 @@ def calibrated(*texts: str, **settings: Any) -> tuple[Graph, str, str]:
     graph = Graph()
     model = graph.model("wan")
     scales = graph.calibrate(model, "wan", *texts, **settings)
-    int8 = graph.quantize(model, "best", scales=scales)
+    int8 = graph.quantize(model, scales=scales)
     graph.save(graph.sample(int8, "wan"), "calibrated")
     return graph, str(scales[0]), str(int8[0])
 
@@ -139,7 +139,7 @@ def test_saved_scales_load_and_give_the_same_model(client: Client, server: Serve
     written = sorted(path.name for path in (server.folder("output") / "qvd_scales").glob("meadow_*.safetensors"))
     graph = Graph()
     scales = graph.add("QVDLoadScales", scales_name=written[-1])
-    graph.save(graph.sample(graph.quantize(graph.model("wan"), "best", scales=scales), "wan"), "from_scales")
+    graph.save(graph.sample(graph.quantize(graph.model("wan"), scales=scales), "wan"), "from_scales")
     succeed(client, graph)
     assert torch.equal(saved(server, "from_scales"), direct)
 
@@ -153,7 +153,7 @@ def test_two_experts_each_get_scales_of_their_own(client: Client, server: Server
         "QVDCalibrateTwoExperts", model_high=high, model_low=low, positive__positive0=positive, negative=negative,
         latent_image=latent, switch_step=2, cfg_high=3.0, cfg_low=2.0, preset="best", use_cache=True, **settings,
     )  # fmt: skip
-    int8 = graph.quantize(high, "best", scales=scales), graph.quantize(low, "best", scales=[scales[0], 1])
+    int8 = graph.quantize(high, scales=scales), graph.quantize(low, scales=[scales[0], 1])
     for kind, (first, second) in (("float", (high, low)), ("int8", int8)):
         shared = {
             "steps": 4,
@@ -182,7 +182,7 @@ def test_two_experts_each_get_scales_of_their_own(client: Client, server: Server
 def test_scales_of_one_expert_do_not_fit_the_other(client: Client) -> None:
     graph = Graph()
     scales = graph.calibrate(graph.model("wan"), "wan", "a shore")
-    int8 = graph.quantize(graph.model("wan_low"), "best", scales=scales)
+    int8 = graph.quantize(graph.model("wan_low"), scales=scales)
     graph.save(graph.sample(int8, "wan_low"), "wrong_expert")
     result = client.run(graph.prompt)
     if result.status == "error":
