@@ -274,6 +274,9 @@ class ModelPatcher:
     def add_callback_with_key(self, call_type: str, key: str | None, callback: Callable[..., Any]) -> None:
         self.callbacks.setdefault(call_type, {}).setdefault(key, []).append(callback)
 
+    def remove_callbacks_with_key(self, call_type: str, key: str | None) -> None:
+        self.callbacks.get(call_type, {}).pop(key, None)
+
     def get_all_callbacks(self, call_type: str) -> list[Callable[..., Any]]:
         return [callback for callbacks in self.callbacks.get(call_type, {}).values() for callback in callbacks]
 

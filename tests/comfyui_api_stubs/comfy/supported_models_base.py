@@ -27,11 +27,9 @@ class BASE:
         self.latent_format = self.latent_format()
 
     @classmethod
-    def matches(
-        cls, unet_config: dict[str, Any], state_dict: dict[str, Any] | None = None, unet_key_prefix: str = ""
-    ) -> bool:
+    def matches(cls, unet_config: dict[str, Any], state_dict: dict[str, Any] | None = None) -> bool:
         """By the names of the entries alone; ComfyUI also finds the sizes."""
-        return all(key.format(unet_key_prefix) in (state_dict or {}) for key in cls.required_keys)
+        return all(key.format("") in (state_dict or {}) for key in cls.required_keys)
 
     def model_type(self, state_dict: dict[str, Any], prefix: str = "") -> ModelType:
         return ModelType.FLOW
@@ -45,9 +43,7 @@ class BASE:
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return comfy.utils.state_dict_prefix_replace(state_dict, {"": "model.diffusion_model."})
 
-    def set_inference_dtype(
-        self, dtype: torch.dtype, manual_cast_dtype: torch.dtype | None, device: torch.device | None = None
-    ) -> None:
+    def set_inference_dtype(self, dtype: torch.dtype, manual_cast_dtype: torch.dtype | None) -> None:
         self.unet_config["dtype"] = dtype
         self.manual_cast_dtype = manual_cast_dtype
 
