@@ -27,8 +27,8 @@ export function summary({ report, files }) {
   for (const [name, value] of [...Object.entries(report.quality ?? {}), ...Object.entries(report.speed ?? {})]) {
     line(MEASURED[name]?.() ?? name.replaceAll("_", " "), measured(name, value));
   }
-  const steps = report.calibrated_on?.steps ?? report.calibrated_on?.num_inference_steps;
-  line(t("report.calibratedOn", "Calibration steps"), Number.isFinite(steps) ? number(steps, 0, language()) : "");
+  const prompts = model.promptCount(report);
+  line(t("report.calibratedOn", "Prompts of the calibration"), prompts ? number(prompts, 0, language()) : "");
   const links = (files ?? []).filter((file) => file?.filename);
   return element(
     "div",

@@ -122,3 +122,10 @@ export function bits(report) {
   const { weight_bits: weights, activation_bits: activations } = report?.settings ?? {};
   return weights && activations ? `W${weights}A${activations}` : "";
 }
+
+/** How many prompts the calibration ran, or 0 where the report does not say. */
+export function promptCount(report) {
+  const { samples, prompts } = report?.calibrated_on ?? {};
+  const count = samples ?? (Array.isArray(prompts) ? prompts.length : prompts);
+  return isNumber(count) ? count : 0;
+}

@@ -45,3 +45,26 @@ export async function ended(page, timeout = 300_000) {
   }
   return type;
 }
+
+/**
+ * Complaints that the front end has without us: files that a new user does not have, its own early look at a graph, the
+ * models of its default workflow, and answers without a body to a change of a setting.
+ */
+export function notOurs(text) {
+  return /userdata|user\.css|graph accessed before initialization|huggingface\.co|\/api\/settings\/\S+ net::ERR_ABORTED/.test(text);
+}
+
+/** Run inside the page: zoom so that all nodes of these types are in view, right of the side bar. */
+export function bringIntoView(types) {
+  const nodes = window.app.graph.nodes.filter((node) => types.includes(node.type));
+  const left = Math.min(...nodes.map((node) => node.pos[0])) - 30;
+  const top = Math.min(...nodes.map((node) => node.pos[1])) - 60;
+  const right = Math.max(...nodes.map((node) => node.pos[0] + node.size[0])) + 30;
+  const bottom = Math.max(...nodes.map((node) => node.pos[1] + node.size[1])) + 30;
+  const { ds } = window.app.canvas;
+  const room = { left: 400, top: 110, width: window.innerWidth - 420, height: window.innerHeight - 130 };
+  ds.scale = Math.min(1.1, room.width / (right - left), room.height / (bottom - top));
+  ds.offset[0] = -left + room.left / ds.scale;
+  ds.offset[1] = -top + room.top / ds.scale;
+  window.app.canvas.setDirty(true, true);
+}

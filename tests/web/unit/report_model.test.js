@@ -61,3 +61,10 @@ test("what is saved is a share of the float bytes; unknown sizes save nothing", 
   assert.ok(Math.abs(model.savedShare(report) - (1 - 1478 / 2838)) < 1e-9);
   assert.equal(model.savedShare({ float_bytes: 0, int8_bytes: 5 }), null);
 });
+
+test("prompts are counted, whether listed, counted or called samples", () => {
+  assert.equal(model.promptCount({ calibrated_on: { prompts: 4 } }), 4);
+  assert.equal(model.promptCount({ calibrated_on: { prompts: ["a", "b"] } }), 2);
+  assert.equal(model.promptCount({ calibrated_on: { samples: 8, prompts: ["a"] } }), 8);
+  assert.equal(model.promptCount({}), 0);
+});
