@@ -2,6 +2,7 @@
 
     python -m examples.demo           # the Wan miniature
     python -m examples.demo unet      # the AnimateDiff miniature
+    python -m examples.demo wan --stressed    # with the channel ranges of large models, see moving_digits/stress.py
 
 Writes compare.gif, compare.png, report.html, scales.safetensors and the quantized pipeline to out/ (or --out).
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from examples.moving_digits import sampling
 from examples.moving_digits.pictures import write_comparison_gif, write_comparison_png
+from examples.moving_digits.stress import save_stressed
 from qvd_core.layers import QuantizedLayer
 from qvd_core.quality import psnr, ssim
 from qvd_core.report import frame_strip, write_report
@@ -46,18 +48,22 @@ class Sampled:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("miniature", nargs="?", default="wan", choices=sampling.MINIATURES)
+    parser.add_argument("--stressed", action="store_true", help="give it the scattered channel ranges of large models")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    run(args.miniature, args.out)
+    run(args.miniature, args.out, args.stressed)
 
 
-def run(name: str, out: Path) -> None:
+def run(name: str, out: Path, stressed: bool = False) -> None:
     """Run every step on the miniature `name`, saying what happens."""
     folder = sampling.miniature(name)
     call = sampling.load_call(folder)
+    title = f"{'stressed ' if stressed else ''}{name} miniature"
+    if stressed:
+        folder = save_stressed(name, out / f"{name}_stressed")
 
-    print(f"1. Load the {name} miniature in full precision and calibrate it on 16 prompts.")
+    print(f"1. Load the {title} in full precision and calibrate it on 16 prompts.")
     full = sampling.load_pipeline(folder)
     scales = calibrate(full, sampling.calibration_prompts(), cache=out / "scale_cache", **call)
     scales_file = scales.save(out / "scales.safetensors")
@@ -87,7 +93,9 @@ def run(name: str, out: Path) -> None:
     print_table(figures)
     png = write_comparison_png(out / "compare.png", reference.video, int8.video, prompts)
     gif = write_comparison_gif(out / "compare.gif", reference.video, int8.video)
-    report = write_demo_report(out / "report.html", name, saved / DENOISER[name], scales, reference, int8)
+    report = write_demo_report(
+        out / "report.html", f"QVD on the {title}", saved / DENOISER[name], scales, reference, int8
+    )
     print(f"\nLook at {gif}, {png} and {report}; the quantized pipeline is in {saved}.")
     if not identical:
         raise SystemExit("the reloaded pipeline gave other frames than the one that was saved")
@@ -155,7 +163,7 @@ def quality_figures(reference: Sampled, int8: Sampled, scales: Scales) -> list[t
     ]
 
 
-def write_demo_report(path: Path, name: str, folder: Path, scales: Scales, reference: Sampled, int8: Sampled) -> Path:
+def write_demo_report(path: Path, title: str, folder: Path, scales: Scales, reference: Sampled, int8: Sampled) -> Path:
     """The report of the quantized folder, with what was measured and the frames of the first clip."""
     decibels, similarity = psnr(int8.video, reference.video), ssim(int8.video, reference.video)
     quality = {
@@ -171,7 +179,7 @@ def write_demo_report(path: Path, name: str, folder: Path, scales: Scales, refer
     first, second = (video[0].permute(1, 2, 3, 0) for video in (reference.video, int8.video))  # [T, H, W, 3]
     strip = {"Frames: full precision, int8 and their difference": frame_strip(first, second)}
     report = report_of_folder(folder, scales, quality=quality, speed=speed)
-    return write_report(path, report, f"QVD on the {name} miniature", strip)
+    return write_report(path, report, title, strip)
 
 
 def print_table(figures: Sequence[tuple[str, str]]) -> None:

@@ -63,9 +63,18 @@ def to_png(figure: Any, zoom: float = 2.0, colours: int = COLOURS) -> bytes:
     canvas.draw()
     width, height = canvas.get_width_height()
     picture = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    reduced = picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    _restore_paper(reduced, picture)
     buffer = io.BytesIO()
-    picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    reduced.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _restore_paper(reduced: Any, picture: Any) -> None:
+    """Give the colour of the corner, which the palette only comes near, its exact value: the page goes on in it."""
+    palette, place = reduced.getpalette(), 3 * reduced.getpixel((0, 0))
+    palette[place : place + 3] = picture.getpixel((0, 0))
+    reduced.putpalette(palette)
 
 
 def style(axes: Any, theme: Theme, title: str = "", grid: Literal["x", "y", ""] = "") -> None:

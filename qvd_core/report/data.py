@@ -146,7 +146,7 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON: neither NaN nor infinity."""
-        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
+        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:

@@ -32,7 +32,7 @@ def in_depth_order(blocks: Iterable[str]) -> list[str]:
 
 def natural_order(names: Iterable[str]) -> list[str]:
     """Sorted by name, numbers by their value: "blocks.2" comes before "blocks.10"."""
-    return sorted(names, key=lambda name: [(not part.isdigit(), part.zfill(9)) for part in name.split(".")])
+    return sorted(names, key=lambda name: [(len(part) if part.isdigit() else 0, part) for part in name.split(".")])
 
 
 def _place(parts: list[str]) -> Place:

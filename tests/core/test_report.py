@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from dataclasses import replace
@@ -9,10 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qvd_core.errors import QVDError
 from qvd_core.report import FIGURES, Report, collect, render_page, summary_picture, write_pictures, write_report
-from qvd_core.report.canvas import shortened
+from qvd_core.report.canvas import THEMES, shortened
 from qvd_core.report.data import RangeDrift, TemporalQuantizerReport, TemporalReport
 from qvd_core.report.matrices import as_matrix
 from qvd_core.report.panels import sqnr_grid
@@ -159,6 +161,14 @@ def test_the_overview_is_1200_by_900_in_both_themes_with_and_without_data(report
         assert png[:4] == PNG[:4]
         assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == (1200, 900)
     assert len(set(pictures)) == 4
+
+
+def test_pictures_are_drawn_on_exactly_the_pages_paper(report: Report, page: str) -> None:
+    for theme in ("light", "dark"):
+        png = FIGURES[0].draw(report, theme)
+        assert png is not None
+        corner = Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0))
+        assert "#{:02x}{:02x}{:02x}".format(*corner) == THEMES[theme].paper and THEMES[theme].paper in page
 
 
 def test_pictures_are_written_as_files(report: Report, tmp_path: Path) -> None:

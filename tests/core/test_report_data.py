@@ -129,7 +129,7 @@ def test_names_are_split_into_block_and_part() -> None:
         "mid_block.resnets.0.conv1": ("mid_block", "resnets.conv1"),
     }
     assert places(["transformer.blocks.0.q", "transformer.blocks.1.q"])["transformer.blocks.1.q"] == ("blocks.1", "q")
-    assert natural_order(["b.10.q", "b.2.q", "a"]) == ["a", "b.2.q", "b.10.q"]
+    assert natural_order(["b.10.q", "b.2.q", "b.2.attn", "a"]) == ["a", "b.2.attn", "b.2.q", "b.10.q"]
     assert in_depth_order(["down_blocks.0", "up_blocks.0", "mid_block"]) == [
         "down_blocks.0",
         "mid_block",
