@@ -28,10 +28,10 @@ def _load_package(name: str) -> None:
         raise
 
 
-for _name in ("qvd_core", "qvd_nodes"):
-    _load_package(_name)
-
-comfy_entrypoint = sys.modules["qvd_nodes"].comfy_entrypoint
 WEB_DIRECTORY = "./web"
 
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+# Where there is no ComfyUI this folder is no node pack: pytest, for one, imports every __init__.py above a test.
+if importlib.util.find_spec("comfy_api") is not None:
+    for _name in ("qvd_core", "qvd_nodes"):
+        _load_package(_name)
+    comfy_entrypoint = sys.modules["qvd_nodes"].comfy_entrypoint

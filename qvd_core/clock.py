@@ -43,7 +43,8 @@ class SamplingClock:
         """The forward pre-hook (`with_kwargs=True`) that sets the clock."""
         timestep = self._argument(self._timestep_argument, args, kwargs)
         if timestep is not None:
-            self.timestep = torch.as_tensor(timestep).float().amax()
+            several = timestep if isinstance(timestep, tuple | list) else (timestep,)  # of video and sound
+            self.timestep = torch.stack([torch.as_tensor(one).float().amax() for one in several]).amax()
         sample = self._argument(self._sample_argument, args, kwargs)
         if isinstance(sample, Tensor) and self._frames_dim is not None and sample.dim() > self._frames_dim:
             self.batch, self.frames = sample.shape[0], sample.shape[self._frames_dim]

@@ -23,7 +23,7 @@ from qvd_core.spec import QuantSpec
 from qvd_nodes._comfy import ModelPatcher, detection, loading, management, utils
 from qvd_nodes.layers import FORMAT, FORMAT_VERSION, QuantizedOp, QVDOperations, attach_clock, stored_tensors
 from qvd_nodes.layout import CALIBRATED, Recipe, is_quantized, quantized_weight
-from qvd_nodes.model_copy import remember_how_to_rebuild
+from qvd_nodes.model_copy import adopt
 from qvd_nodes.record import Record, attach, record_of
 from qvd_nodes.weights import PREFIX, denoiser, unload
 
@@ -102,7 +102,7 @@ def load_patcher(path: str | Path) -> ModelPatcher:
     _check_complete(path, patcher, names)
     attach_clock(denoiser(patcher))
     attach(patcher, record)
-    remember_how_to_rebuild(patcher)
+    adopt(patcher)
     return patcher
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,46 +17,16 @@ from torch import Tensor, nn
 from qvd_core.clock import SamplingClock
 from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic
-from qvd_core.layers import QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
+from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import plan_to_list
-from qvd_core.temporal_layer import TemporalLinear
 from qvd_nodes._comfy import QuantizedTensor, ops
+from qvd_nodes.inner_layers import ComfyTemporalLinear, Inner, inner_layer
 from qvd_nodes.layout import CALIBRATED, LAYOUT_NAME, QVDInt8Layout, QVDTensor, is_quantized
 
 FORMAT = "qvd_int8"
 """The name of QVD's layers in `comfy_quant` entries; ComfyUI without QVD refuses it by this name."""
 FORMAT_VERSION = 1
 _STORED_WITH_WEIGHT = ("weight_scale", *CALIBRATED, "comfy_quant")
-
-
-class ComfyTemporalLinear(TemporalLinear):
-    """A temporal projection that asks ComfyUI for its weight only when a timestep is not in its table."""
-
-    operands: Callable[[torch.device], tuple[Tensor, Tensor | None]]
-
-    def _operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        return self.operands(device)
-
-
-_INNER_CLASSES: dict[str, type[QuantizedLayer]] = {
-    "linear": QuantLinear,
-    "conv2d": QuantConv2d,
-    "conv3d": QuantConv3d,
-    "temporal": ComfyTemporalLinear,
-}
-
-
-@dataclass(frozen=True)
-class _Inner:
-    """A layer of the core, and all that it was built from; a temporal projection's has its table in it."""
-
-    state: tuple[Any, ...]
-    device: torch.device
-    layer: QuantizedLayer
-
-    def holds_for(self, state: tuple[Any, ...], device: torch.device) -> bool:
-        same = len(state) == len(self.state) and all(a is b for a, b in zip(state, self.state, strict=True))
-        return same and device == self.device
 
 
 class QuantizedOp(nn.Module):
@@ -78,14 +47,18 @@ class QuantizedOp(nn.Module):
             return super().forward(input, *args, **kwargs)
         if args or any(value is not None for value in kwargs.values()):
             raise QVDError(f"an int8 {type(self).__name__} takes no other arguments than its input.")
+        if torch.compiler.is_compiling():
+            known: Inner | None = self.__dict__.get("_known")
+            resident = known is not None and known.device == input.device and not self._patches()
+            return known.layer(input) if resident else self._untraced(input)  # type: ignore[union-attr]
         ops.run_every_op()
-        if self.weight._params.recipe.plan.kind == "temporal":
-            return self._project(input)
-        with self._cast(input.device, input.dtype) as (weight, bias):
-            return self._inner(weight, bias)(input)
+        if self._is_temporal():
+            return self._temporal_layer(input.device)(input)
+        with self._cast(input.device) as (weight, bias):
+            return self._layer_of(weight, bias)(input)
 
     @contextmanager
-    def _cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[QuantizedTensor, Tensor | None]]:
+    def _cast(self, device: torch.device) -> Iterator[tuple[QuantizedTensor, Tensor | None]]:
         """The weight and bias where they are needed, with every patch that is not yet in them.
 
         The weight stays quantized: one that a patch has made float is quantized again, so that a LoRA gives the same
@@ -95,7 +68,7 @@ class QuantizedOp(nn.Module):
             self,
             dtype=self.weight.dtype,
             device=device,
-            bias_dtype=dtype,
+            bias_dtype=self.weight.dtype if self.bias is None else self.bias.dtype,
             offloadable=True,
             compute_dtype=torch.float32,
             want_requant=True,
@@ -108,34 +81,59 @@ class QuantizedOp(nn.Module):
         finally:
             ops.uncast_bias_weight(self, *cast)
 
-    def _inner(self, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
+    def _layer_of(self, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
         """The layer of the core with these tensors; the last one when they are the same."""
-        state = (weight, weight._params.scale, bias, self.clock)
-        known: _Inner | None = self.__dict__.get("_known")
-        if known is None or not known.holds_for(state, weight.device):
+        return self._remembered((weight, weight._params.scale, bias, self.clock), weight.device, weight, bias)
+
+    def _temporal_layer(self, device: torch.device) -> QuantizedLayer:
+        """A temporal projection, with a table of its outputs that lives as long as nothing they depend on changes.
+
+        It asks for its weight only for a timestep that is not in the table, so that the weight may stay offloaded.
+        """
+        weight, functions = self.weight, self._patches()
+        state = (weight, weight._params.scale, self.bias, *functions)
+        resident = weight.device == device and not functions
+        small = weight if resident else QVDTensor(weight._qdata, LAYOUT_NAME, weight._params.to_device(device))
+        layer = self._remembered(state, device, small, self.bias if resident else None)
+        assert isinstance(layer, ComfyTemporalLinear)
+        layer.operands = None if resident else self._float_operands
+        return layer
+
+    def _remembered(
+        self, state: tuple[Any, ...], device: torch.device, weight: QuantizedTensor, bias: Tensor | None
+    ) -> QuantizedLayer:
+        known: Inner | None = self.__dict__.get("_known")
+        if known is None or not known.holds_for(state, device):
             # Not as a submodule: it is no part of the model, and must neither be moved nor saved with it.
-            known = self.__dict__["_known"] = _Inner(state, weight.device, inner_layer(self, weight, bias))
+            known = self.__dict__["_known"] = Inner(state, device, inner_layer(self, weight, bias))
         return known.layer
 
-    def _project(self, input: Tensor) -> Tensor:
-        """A temporal projection, whose rows mostly come from a table that lives as long as nothing it holds changes."""
-        patches = [getattr(self, f"{name}_lowvram_function", None) for name in ("weight", "bias")]
-        functions = (*self.weight_function, *self.bias_function)
-        state = (self.weight, self.weight._params.scale, self.bias, *functions, *patches)
-        known: _Inner | None = self.__dict__.get("_known")
-        if known is None or not known.holds_for(state, input.device):
-            small = self.weight._params.to_device(input.device)
-            inner = inner_layer(self, QVDTensor(self.weight._qdata, LAYOUT_NAME, small), None)
-            assert isinstance(inner, ComfyTemporalLinear)
-            inner.operands = self._float_operands
-            known = self.__dict__["_known"] = _Inner(state, input.device, inner)
-        return known.layer(input)  # type: ignore[no-any-return]
+    def _patches(self) -> tuple[Any, ...]:
+        """What ComfyUI applies to weight and bias at every call."""
+        lowvram = [getattr(self, f"{name}_lowvram_function", None) for name in ("weight", "bias")]
+        return (*self.weight_function, *self.bias_function, *(patch for patch in lowvram if patch is not None))
 
     def _float_operands(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """float32 weight [N, C] and bias [N] of a temporal projection on `device`."""
-        with self._cast(device, torch.float32) as (weight, bias):
+        with self._cast(device) as (weight, bias):
             inner = inner_layer(self, weight, bias)
-            return inner.dequantized_weight(), None if inner.bias is None else inner.bias.detach().clone()
+            return inner.dequantized_weight(), None if inner.bias is None else inner.bias.detach().clone().float()
+
+    def prepare(self) -> None:
+        """Build the inner layer now, where the weight is there to stay; a traced program cannot build it."""
+        if not is_quantized(self.weight) or self._patches():
+            return
+        if self._is_temporal():
+            self._temporal_layer(self.weight.device)
+        else:
+            self._layer_of(self.weight, self.bias)
+
+    def _is_temporal(self) -> bool:
+        return bool(self.weight._params.recipe.plan.kind == "temporal")
+
+    @torch.compiler.disable
+    def _untraced(self, input: Tensor) -> Tensor:
+        return self.forward(input)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
         """ComfyUI asks for the float weight that a patch is to change."""
@@ -259,36 +257,6 @@ def outer_layer(source: nn.Module, weight: QuantizedTensor, bias: Tensor | None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-def inner_layer(outer: QuantizedOp, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
-    """The layer of the core that computes with these tensors; it shares them."""
-    params: QVDInt8Layout.Params = weight._params
-    recipe = params.recipe
-    assert recipe is not None
-    inner = _INNER_CLASSES[recipe.plan.kind](_Shape(outer, weight), recipe.plan, recipe.spec, params.orig_dtype)
-    if params.fold is not None:
-        bias = params.fold if bias is None else bias + params.fold.to(bias.dtype)
-    # Plain tensors: a new parameter of an inference tensor could not be made outside of inference mode.
-    inner._parameters["weight"] = weight._qdata
-    inner._parameters["bias"] = bias  # type: ignore[assignment]
-    inner._buffers["weight_scale"] = params.scale
-    for name in CALIBRATED:
-        if name in inner._buffers:
-            inner._buffers[name] = getattr(params, name)
-    inner.clock = outer.clock
-    return inner.eval()
-
-
-class _Shape:
-    """What the core's layers read of the float layer they replace: the outer layer's attributes, the weight's shape."""
-
-    def __init__(self, outer: QuantizedOp, weight: QuantizedTensor):
-        self._outer = outer
-        self.weight = weight
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._outer, name)
 
 
 def stored_tensors(layer: QuantizedOp) -> dict[str, Tensor]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from qvd_core.clock import SamplingClock
 from qvd_core.errors import QVDError
-from qvd_nodes._comfy import ModelPatcher, QuantizedTensor, patchers, utils
-from qvd_nodes.layers import attach_clock
+from qvd_nodes._comfy import CallbacksMP, ModelPatcher, QuantizedTensor, patchers, utils
+from qvd_nodes.layers import attach_clock, quantized_layers
 
 _RUNTIME = ("_v", "_v_signature", "_v_weight", "_v_bias", "_v_block", "_prefetch", "_known", "comfy_patched_weights")
 """Attributes that loading leaves on a module: places in a GPU's memory, pinned buffers, what was cast last."""
 _MODEL_RUNTIME = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers")
 """The same, on the BaseModel; ComfyUI makes them again."""
+CALLBACK = "qvd"
 _COPIED_PARTS = ("diffusion_model", "model_sampling")
 
 
@@ -52,17 +53,26 @@ def patcher_of(model: nn.Module, source: ModelPatcher) -> ModelPatcher:
     patcher.size = 0  # counted again: the clone took over that of the float model
     patcher.patches_uuid = uuid.uuid4()
     patcher.clone_base_uuid = uuid.uuid4()
-    remember_how_to_rebuild(patcher)
+    adopt(patcher)
     return patcher
 
 
-def remember_how_to_rebuild(patcher: ModelPatcher) -> None:
-    """Let ComfyUI make a fresh MODEL of these very weights when it asks for one.
+def adopt(patcher: ModelPatcher) -> None:
+    """Tell ComfyUI how to deal with a MODEL whose layers are QVD's.
 
-    It does for torch.compile under dynamic VRAM and for several GPUs; the way it knows would load the float file again.
+    It makes a fresh MODEL of these very weights when it asks for one, as for torch.compile under dynamic VRAM and for
+    several GPUs: the way it knows would load the float file again. And the layers get ready when it has loaded them.
     """
     arguments = (patcher.model, patcher.backup, patcher.load_device, patcher.offload_device)
     patcher.cached_patcher_init = (_rebuild, arguments)
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, CALLBACK)
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, CALLBACK, _prepare_layers)
+
+
+def _prepare_layers(patcher: ModelPatcher, *_: Any) -> None:
+    """After ComfyUI has loaded a MODEL: what torch.compile cannot trace is built before it looks."""
+    for layer in quantized_layers(patcher.model).values():
+        layer.prepare()
 
 
 def _rebuild(
@@ -75,7 +85,7 @@ def _rebuild(
     patcher_class = ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     twin = copy_base_model(model, {key: entry.weight for key, entry in backup.items()})
     patcher: ModelPatcher = patcher_class(twin, load_device=load_device, offload_device=offload_device)
-    remember_how_to_rebuild(patcher)
+    adopt(patcher)
     return patcher
 
 
