@@ -61,7 +61,7 @@ def inner_layer(outer: nn.Module, weight: QuantizedTensor, bias: Tensor | None) 
     for name in CALIBRATED:
         if name in inner._buffers:
             inner._buffers[name] = getattr(params, name)
-    inner.clock = outer.clock  # type: ignore[assignment]
+    inner.clock = outer.clock
     return inner.eval()
 
 

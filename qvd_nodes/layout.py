@@ -89,10 +89,13 @@ def _asks_for_copy(operator: Any, args: Any, kwargs: Any) -> bool:
 
 def _write(weight: QVDTensor, source: Tensor) -> QVDTensor:
     """Give a weight the codes and scales of another one of the same layer, or those of a float weight."""
-    if not isinstance(source, QuantizedTensor):
-        source = weight.requantize_from_float(source.to(weight._qdata.device, torch.float32))
-    params, other = weight._params, source._params.to_device(weight._qdata.device)
-    weight._qdata.copy_(source._qdata)
+    device = weight._qdata.device
+    if isinstance(source, QuantizedTensor):
+        quantized = source
+    else:
+        quantized = weight.requantize_from_float(source.to(device, torch.float32))
+    params, other = weight._params, quantized._params.to_device(device)
+    weight._qdata.copy_(quantized._qdata)
     for name in ("scale", *CALIBRATED, "fold"):
         object.__setattr__(params, name, getattr(other, name))
     return weight

@@ -13,7 +13,7 @@ MAX_LINES = 450
 
 CORE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "safetensors", "qvd_core"}
 # Extras of pyproject.toml, by file: imported inside a function only, so that the core works without them.
-CORE_OPTIONAL = {"qvd_core/report.py": {"matplotlib", "PIL"}, "qvd_core/ops/kitchen.py": {"comfy_kitchen"}}
+CORE_OPTIONAL = {"qvd_core/report/canvas.py": {"matplotlib", "PIL"}, "qvd_core/ops/kitchen.py": {"comfy_kitchen"}}
 # Files that nothing imports unless what they need is there (`ops/dispatch.py` asks first; the hook runs in a build).
 CORE_LAZY = {"qvd_core/ops/triton/": {"triton"}, "qvd_core/ops/cpu/hatch_hook.py": {"hatchling"}}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_kitchen", "folder_paths", "nodes", "server"}
@@ -113,7 +113,7 @@ def test_package_keeps_the_rules(package: str) -> None:
         ("qvd_core/ops/a.py", "from ...qvd_nodes import x"),
         ("qvd_core/a.py", "import importlib\nimportlib.import_module('comfy.ops')"),
         ("qvd_core/a.py", "def f():\n    import matplotlib"),
-        ("qvd_core/report.py", "import matplotlib.pyplot as plt"),
+        ("qvd_core/report/canvas.py", "import matplotlib.pyplot as plt"),
         ("qvd_core/ops/dispatch.py", "import triton"),
         ("qvd_core/ops/triton/a.py", "import numpy"),
         ("qvd_diffusers/a.py", "import comfy.model_management"),
@@ -142,7 +142,7 @@ def test_rules_find_a_bad_source(path: str, source: str) -> None:
         ("qvd_core/a.py", "import json, torch.nn.functional\nfrom safetensors.torch import load_file"),
         ("qvd_core/ops/a.py", "from . import b\nfrom ..spec import QuantSpec\nfrom qvd_core.spec import QuantSpec"),
         ("qvd_core/a.py", "model.eval()\nstate.load('x')\nre.compile('exec')"),
-        ("qvd_core/report.py", "def draw():\n    import matplotlib"),
+        ("qvd_core/report/canvas.py", "def draw():\n    import matplotlib"),
         ("qvd_core/ops/triton/a.py", "import triton.language as tl"),
         ("qvd_diffusers/a.py", "import diffusers, qvd_core\nfrom .config import QVDConfig"),
         ("qvd_nodes/a.py", "import comfy.ops\nfrom ..qvd_core import QuantSpec"),
