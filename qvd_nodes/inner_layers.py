@@ -55,13 +55,14 @@ def inner_layer(outer: nn.Module, weight: QuantizedTensor, bias: Tensor | None) 
     if params.fold is not None:
         bias = params.fold if bias is None else bias + params.fold.to(bias.dtype)
     # Plain tensors: a new parameter of an inference tensor could not be made outside of inference mode.
-    inner._parameters["weight"] = weight._qdata  # type: ignore[assignment]
+    inner._parameters["weight"] = weight._qdata
     inner._parameters["bias"] = bias  # type: ignore[assignment]
     inner._buffers["weight_scale"] = params.scale
     for name in CALIBRATED:
         if name in inner._buffers:
             inner._buffers[name] = getattr(params, name)
-    inner.clock = outer.clock
+    clock: Any = outer.clock
+    inner.clock = clock
     return inner.eval()
 
 
