@@ -24,6 +24,8 @@ from qvd_nodes.model_copy import copy_base_model, patcher_of
 from qvd_nodes.record import Record, attach, metadata_of_source
 from qvd_nodes.weights import denoiser, float_denoiser, patched_tensor, patched_weights, unload, without_patches
 
+FLOAT32_BYTES = 4
+COPIES_OF_A_WEIGHT = 8  # that quantizing makes on the way, at most
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 
@@ -45,6 +47,7 @@ def quantize_patcher(
     read = patched_weights(source)
     codebook = _data_free_codebook(model, encoding, read)
     store = source.offload_device
+    _make_room(model, encoding)
     for done, name in enumerate(encoding.plan):
         management.throw_exception_if_processing_interrupted()
         if progress is not None:
@@ -68,6 +71,14 @@ def quantize_patcher(
     attach(result, _record(source, spec, scales))
     without_patches(result, [f"{name}.{kind}" for name in encoding.plan for kind in ("weight", "bias")] + edited)
     return result
+
+
+def _make_room(model: nn.Module, encoding: Encoding) -> None:
+    """Let ComfyUI unload what else is on the GPU, as far as quantizing the largest layer needs."""
+    device = management.get_torch_device()
+    largest = max(model.get_submodule(name).weight.numel() for name in encoding.plan)  # type: ignore[operator]
+    if not management.is_device_cpu(device):
+        management.free_memory(largest * FLOAT32_BYTES * COPIES_OF_A_WEIGHT, device)
 
 
 def _record(source: ModelPatcher, spec: QuantSpec, scales: Scales | None) -> Record:

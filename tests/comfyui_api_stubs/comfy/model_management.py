@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,3 +115,12 @@ def unload_all_models() -> None:
     for loaded in list(current_loaded_models):
         loaded.model.detach()
         current_loaded_models.remove(loaded)
+
+
+def is_device_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def free_memory(memory_required: float, device: torch.device, keep_loaded: Sequence[Any] = ()) -> list[LoadedModel]:
+    """Unload what else is on the device, as far as needed; the stub's only device is the CPU."""
+    return []
