@@ -62,6 +62,10 @@ class QVDTensor(QuantizedTensor):
             params = self._params.clone() if clone_params else self._params
         return QVDTensor(self._qdata if qdata is None else qdata, self._layout_cls, params)
 
+    def detach(self) -> QVDTensor:
+        """A view. PyTorch's own cannot make one, in inference mode, of a tensor from outside of it; `Parameter` does."""
+        return self._copy_with(qdata=self._qdata.detach(), clone_params=False)
+
     @staticmethod
     def __tensor_unflatten__(inner_tensors: Any, context: Any, outer_size: Any, outer_stride: Any) -> QVDTensor:
         plain = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size, outer_stride)
