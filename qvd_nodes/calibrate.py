@@ -57,6 +57,11 @@ class Job:
                 )
         if len({id(expert.model.model) for expert in self.experts}) < len(self.experts):
             raise QVDError("both experts are one MODEL: load the high-noise and the low-noise file in a node each.")
+        kinds = {type(float_denoiser(expert.model)).__name__ for expert in self.experts}
+        if len(kinds) > 1:
+            raise QVDError(
+                f"the experts are of different kinds, {' and '.join(sorted(kinds))}: load both of one model."
+            )
 
     def key(self, expert: Expert) -> str:
         """The cache's key of one expert's scales. Both experts shape what either of them sees."""

@@ -4,6 +4,7 @@
 """
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,6 @@ _results: dict[str, tuple[str, float]] = {}
 
 def processor() -> str:
     """The name of this machine's processor and its number of cores."""
-    import os
-
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{names[0].partition(':')[2].strip() if names else platform.machine()}, {os.cpu_count()} cores"
 
@@ -68,10 +67,8 @@ def summary() -> Iterator[str]:
     if not total:
         return
     ran = [nodeid for nodeid, (outcome, _) in _results.items() if outcome != "skipped"]
-    line = f"REAL COMFYUI: ran {len(ran)} of {total} tests"
-    if len(ran) < total:
-        line += "; the others need COMFYUI_PATH: make test-comfyui COMFYUI_PATH=<checkout>"
-    yield line
+    needed = "" if os.environ.get("COMFYUI_PATH") else "; they need make test-comfyui COMFYUI_PATH=<checkout>"
+    yield f"REAL COMFYUI: ran {len(ran)} of {total} tests{needed}"
     for nodeid in ran:
         for name, text in FIGURES.get(nodeid, []):
             yield f"  {nodeid.rpartition('::')[2]}: {name} {text}"
@@ -92,6 +89,7 @@ def document() -> str:
     for nodeid, (outcome, seconds) in _results.items():
         name = nodeid.rpartition("/")[2].replace(".py::", " / ").replace("::", " / ").removeprefix("test_server_")
         figures = ", ".join(f"{key} {text}" for key, text in FIGURES.get(nodeid, []))
+        figures = " ".join(figures.replace("|", "/").split())
         lines.append(f"| {name.replace('test_', '').replace('_', ' ')} | {outcome} | {seconds:.1f} | {figures} |")
     return "\n".join(lines) + "\n"
 
