@@ -60,7 +60,7 @@ class Job:
         kinds = {type(float_denoiser(expert.model)).__name__ for expert in self.experts}
         if len(kinds) > 1:
             raise QVDError(
-                f"the experts are of different kinds, {' and '.join(sorted(kinds))}: load both of one model."
+                f"the experts are different kinds of model, {' and '.join(sorted(kinds))}: load two of one."
             )
 
     def key(self, expert: Expert) -> str:

@@ -332,7 +332,7 @@ def save_and_load(flow: Workflow) -> None:
     flow.column(WIDE + 30)
     with flow.group("2 - int8", color="#8a6d3b"):
         int8 = flow.node("QVDQuantizeModel", model=model[0], preset="fast")
-    with flow.group("3 - Prompt and size (for the lower row)"):
+    with flow.group("3 - Prompt and size (for 5)"):
         positive, negative = prompts(flow, clip, FOX)
         latent = flow.node("EmptyHunyuanLatentVideo", width=832, height=480, length=33, batch_size=1)
     flow.column(WIDE + 60)

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tests.comfyui.server import ROOT, Server, comfyui_path
 
 SCRIPT = Path(__file__).resolve().parent / "pictures.mjs"
@@ -29,8 +31,12 @@ def lacking() -> str:
 
 
 def place_holders(server: Server) -> list[Path]:
-    """Empty files under the real names of all models, so that the front end finds none missing; the new ones."""
+    """Files under the names of all models (empty) and images, so that the front end misses none; the new ones."""
     made = []
+    image = server.folder("input") / "example.png"
+    if not image.exists():
+        Image.linear_gradient("L").resize((512, 288)).convert("RGB").save(image)
+        made.append(image)
     for workflow in sorted((ROOT / "examples").glob("*.json")):
         for node in json.loads(workflow.read_text())["nodes"]:
             for model in node["properties"].get("models", []):

@@ -30,16 +30,22 @@ const overlaps = (nodes) => {
   return found;
 };
 
-/** Put the whole graph into view. */
-const fit = () => {
+/** Left, top, right and bottom of the whole graph. */
+const extent = () => {
   const boxes = [
     ...window.app.graph.nodes.map((node) => [...node.pos, ...node.size]),
     ...window.app.graph.groups.map((group) => [...group.pos, ...group.size]),
   ];
-  const left = Math.min(...boxes.map(([x]) => x)) - 20;
-  const top = Math.min(...boxes.map(([, y]) => y)) - 40;
-  const right = Math.max(...boxes.map(([x, , width]) => x + width)) + 20;
-  const bottom = Math.max(...boxes.map(([, y, , height]) => y + height)) + 20;
+  return [
+    Math.min(...boxes.map(([x]) => x)) - 20,
+    Math.min(...boxes.map(([, y]) => y)) - 40,
+    Math.max(...boxes.map(([x, , width]) => x + width)) + 20,
+    Math.max(...boxes.map(([, y, , height]) => y + height)) + 20,
+  ];
+};
+
+/** Put the whole graph into view. */
+const fit = ([left, top, right, bottom]) => {
   const { ds, canvas } = window.app.canvas;
   const [width, height] = [canvas.width / devicePixelRatio, canvas.height / devicePixelRatio];
   ds.scale = Math.min(width / (right - left), height / (bottom - top));
@@ -75,7 +81,11 @@ try {
     const nodes = await page.evaluate(measure);
     const { output } = await page.evaluate(() => window.app.graphToPrompt());
     if (pictures) {
-      await page.evaluate(fit);
+      const box = await page.evaluate(extent);
+      const height = Math.round((SIZE.width * (box[3] - box[1])) / (box[2] - box[0]));
+      await page.setViewportSize({ width: SIZE.width, height });
+      await page.waitForTimeout(500);
+      await page.evaluate(fit, box);
       await page.waitForTimeout(1000);
       const path = join(pictures, `${name}.jpg`);
       for (const quality of JPEG_QUALITIES) {

@@ -10,6 +10,7 @@ from tests.comfyui import build_workflows, object_info, twins
 
 NAMES = sorted(build_workflows.WORKFLOWS)
 NOTES = {"Note", "MarkdownNote"}
+PICTURE_BYTES = 150_000
 INFO = object_info.recorded()
 
 
@@ -116,6 +117,12 @@ class TestWorkflow:
                 named = {model["name"]: model for model in node["properties"]["models"]}
                 assert set(files) == set(named)
                 assert all(model["url"].endswith("/" + file) for file, model in named.items())
+
+    def test_has_a_small_picture(self, name):
+        picture = build_workflows.EXAMPLES / f"{name}.jpg"
+        assert picture.is_file()
+        assert picture.read_bytes()[:2] == b"\xff\xd8"
+        assert picture.stat().st_size <= PICTURE_BYTES
 
     def test_runs_on_the_tiny_models_with_the_same_nodes_of_ours(self, name):
         whole, tiny = twins.load(name), twins.for_tiny_models(twins.load(name), muted=True)
