@@ -10,12 +10,14 @@ KERNELS := qvd_core/ops/cpu
 KERNELS_STAMP := $(VENV)/.kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest lint format clean distclean
+.PHONY: help install demo test test-oldest test-comfyui test-web lint format clean distclean
 
 help:
 	@echo "make demo       run the whole story on the miniature model, on a CPU"
 	@echo "make test       run the tests (PYTEST_WORKERS=$(PYTEST_WORKERS))"
 	@echo "make test-oldest the tests of the diffusers backend with the oldest supported diffusers"
+	@echo "make test-comfyui COMFYUI_PATH=...  the node pack on a real ComfyUI, on its CPU server"
+	@echo "make test-web   the front end: eslint, unit tests, a browser (needs Node.js 20; Chromium for the last)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove caches and build products; make distclean also removes out/ and $(VENV)"
@@ -52,6 +54,20 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(KERNELS_STAMP) $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider tests/diffusers
 
+# The server runs with COMFYUI_PYTHON, or the venv of the checkout; what was measured goes into docs/comfyui-tests.md.
+test-comfyui: $(KERNELS_STAMP)
+	@test -n "$(COMFYUI_PATH)" || { echo "name a ComfyUI checkout: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI"; exit 2; }
+	COMFYUI_PATH="$(COMFYUI_PATH)" QVD_COMFYUI_LOG=docs/comfyui-tests.md $(PY) -m pytest -m comfyui -ra tests/comfyui
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --no-fund --no-audit
+	@touch $@
+
+test-web: node_modules/.installed
+	npm run lint
+	npm test
+	npm run browser
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -66,4 +82,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf out $(VENV) $(OLDEST)
+	rm -rf out $(VENV) $(OLDEST) node_modules
