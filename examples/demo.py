@@ -27,7 +27,7 @@ from examples.moving_digits.pictures import write_comparison_gif, write_comparis
 from examples.moving_digits.stress import save_stressed
 from qvd_core.layers import QuantizedLayer
 from qvd_core.quality import psnr, ssim
-from qvd_core.report import frame_strip, write_report
+from qvd_core.report import THEMES, frame_strip, write_report
 from qvd_core.scales import Scales
 from qvd_diffusers import QVDConfig, calibrate
 from qvd_diffusers.cli_report import report_of_folder
@@ -177,7 +177,8 @@ def write_demo_report(path: Path, title: str, folder: Path, scales: Scales, refe
         "seconds_per_step_int8": int8.seconds_per_step,
     }
     first, second = (video[0].permute(1, 2, 3, 0) for video in (reference.video, int8.video))  # [T, H, W, 3]
-    strip = {"Frames: full precision, int8 and their difference": frame_strip(first, second)}
+    themes = {theme: frame_strip(first, second, theme) for theme in THEMES}
+    strip = {"Frames: full precision, int8 and their difference": themes}
     report = report_of_folder(folder, scales, quality=quality, speed=speed)
     return write_report(path, report, title, strip)
 

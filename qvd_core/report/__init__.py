@@ -1,5 +1,6 @@
 """The report of a quantization: what was done to a model and what it cost, as data, pictures and one HTML page."""
 
+from qvd_core.report.canvas import THEMES
 from qvd_core.report.collect import collect
 from qvd_core.report.comparison import (
     VideoComparison,
@@ -17,6 +18,7 @@ from qvd_core.report.write import write_pictures, write_report
 
 __all__ = [
     "FIGURES",
+    "THEMES",
     "Report",
     "VideoComparison",
     "collect",

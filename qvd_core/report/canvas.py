@@ -14,7 +14,7 @@ from qvd_core.errors import QVDError
 ThemeName = Literal["light", "dark"]
 
 PIXELS_PER_INCH = 72  # one CSS pixel is one point
-COLOURS = 192  # of a PNG's palette
+COLOURS = 256  # of a PNG's palette
 HEAT = "cividis"  # ordered by lightness alone, made for colour-blind readers
 CHANGE = "PuOr"
 
@@ -53,8 +53,11 @@ def new_figure(width: float, height: float, theme: Theme) -> Any:
     return Figure(figsize=size, dpi=PIXELS_PER_INCH, facecolor=theme.paper, layout="constrained")
 
 
-def to_png(figure: Any, zoom: float = 2.0, colours: int = COLOURS) -> bytes:
-    """The figure as PNG bytes, `zoom` pixels to a CSS pixel, in a palette of so many colours."""
+def to_png(figure: Any, zoom: float = 2.0, faithful: bool = False) -> bytes:
+    """The figure as PNG bytes, `zoom` pixels to a CSS pixel, in a palette of its colours.
+
+    faithful: also to colours that are rare in it; this takes longer.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -63,7 +66,8 @@ def to_png(figure: Any, zoom: float = 2.0, colours: int = COLOURS) -> bytes:
     canvas.draw()
     width, height = canvas.get_width_height()
     picture = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
-    reduced = picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    method = Image.Quantize.MEDIANCUT if faithful else Image.Quantize.FASTOCTREE
+    reduced = picture.quantize(COLOURS, method, dither=Image.Dither.NONE)
     _restore_paper(reduced, picture)
     buffer = io.BytesIO()
     reduced.save(buffer, "PNG", optimize=True)

@@ -157,7 +157,7 @@ def frame_strip(
             if not row:
                 place.set_title(f"frame {frame}", color=colours.faint, fontsize=10)
         axes[row, 0].set_ylabel(name, color=colours.ink, fontsize=11)
-    return to_png(figure, colours=256)
+    return to_png(figure, faithful=True)
 
 
 def check_videos(reference: Tensor, test: Tensor) -> None:

@@ -125,7 +125,7 @@ def temporal_distances(report: Report, theme: ThemeName = "light") -> bytes | No
     rows = math.ceil((1 + len(shown.quantizers)) / COLUMNS)
     figure = new_figure(HALF_WIDTH, 30 + 155 * rows, THEMES[theme])
     draw_distances(figure, figure.subplots(), shown, THEMES[theme])
-    return to_png(figure)
+    return to_png(figure, faithful=True)
 
 
 def range_drift(report: Report, theme: ThemeName = "light") -> bytes | None:

@@ -18,13 +18,14 @@ from qvd_core.report.words import Line, bits, changed_settings, headline, kinds,
 
 ROWS_OPEN = 12  # a longer table starts folded
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"GIF8": "image/gif"}
-Pictures = Mapping[str, bytes]
+Pictures = Mapping[str, "bytes | Mapping[ThemeName, bytes]"]
 
 
 def render_page(report: Report, title: str = "", pictures: Pictures | None = None) -> str:
     """The page, a whole HTML document.
 
-    title: instead of the model's name. pictures: caption -> PNG or GIF, shown below the summary (frames, mostly).
+    title: instead of the model's name. pictures: caption -> PNG or GIF, or one for each theme, shown below the summary
+        (frames, mostly).
     Without matplotlib the page has its tables and says what is missing. Raises QVDError for other kinds of pictures.
     """
     heading, subtitle, figures = headline(report)
@@ -132,14 +133,26 @@ def _figures(report: Report) -> tuple[list[str], str]:
 
 
 def _figure(figure: Figure, themes: Mapping[ThemeName, bytes]) -> str:
-    size = _size(themes["light"])
-    attributes = f'width="{size[0]}" height="{size[1]}"' if size else ""
+    alternative = f"{figure.title}. {figure.caption}"
+    return _framed("wide" if figure.wide else "half", figure.title, alternative, themes, figure.caption)
+
+
+def _picture(caption: str, picture: bytes | Mapping[ThemeName, bytes]) -> str:
+    themes: Mapping[ThemeName, bytes] = {"light": picture} if isinstance(picture, bytes) else picture
+    return _framed("wide", caption, caption, themes, "")
+
+
+def _framed(kind: str, title: str, alternative: str, themes: Mapping[ThemeName, bytes], caption: str) -> str:
+    size = _size(themes["light"]) if caption else None
+    attributes = f' width="{size[0]}" height="{size[1]}"' if size else ""
+    image = f'<img{attributes} alt="{_text(alternative)}" src="{_data(themes["light"])}">'
+    if "dark" in themes:
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(themes["dark"])}">'
+        image = f"<picture>{source}{image}</picture>"
     return (
-        f'<figure class="{"wide" if figure.wide else "half"}"><h2>{_text(figure.title)}</h2>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="Picture: '
-        f'{_text(figure.title)}"><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{_data(themes["dark"])}"><img {attributes} alt="{_text(figure.title)}. {_text(figure.caption)}" '
-        f'src="{_data(themes["light"])}"></picture></div><figcaption>{_text(figure.caption)}</figcaption></figure>'
+        f'<figure class="{kind}"><h2>{_text(title)}</h2>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Picture: {_text(title)}">{image}</div>'
+        f"{f'<figcaption>{_text(caption)}</figcaption>' if caption else ''}</figure>"
     )
 
 
@@ -148,13 +161,6 @@ def _size(png: bytes) -> tuple[int, int] | None:
     if png[:4] != b"\x89PNG" or len(png) < 24:
         return None
     return int.from_bytes(png[16:20], "big") // 2, int.from_bytes(png[20:24], "big") // 2
-
-
-def _picture(caption: str, data: bytes) -> str:
-    return (
-        f'<figure class="wide pixels"><h2>{_text(caption)}</h2><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="Picture: {_text(caption)}"><img alt="{_text(caption)}" src="{_data(data)}"></div></figure>'
-    )
 
 
 def _data(picture: bytes) -> str:

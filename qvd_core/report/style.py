@@ -39,13 +39,11 @@ ul { margin: .2rem 0; padding-left: 1.4rem; columns: 14rem auto; overflow-wrap: 
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 img { max-width: 100%; height: auto; display: block; }
-.pixels img { image-rendering: pixelated; }
 @media (max-width: 50rem) {
   h1 { font-size: 1.3rem; }
   .figures, .halves { grid-template-columns: minmax(0, 1fr); }
   .half img { min-width: 30rem; }
-  .wide:not(.pixels) img { min-width: 46rem; }
-  .pixels img { min-width: 34rem; }
+  .wide img { min-width: 40rem; }
 }
 @media print {
   :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb;
@@ -53,7 +51,7 @@ img { max-width: 100%; height: auto; display: block; }
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
-  .half img, .wide img, .pixels img { min-width: 0; }
+  .half img, .wide img { min-width: 0; }
   figure, tr, .tiles > div { break-inside: avoid; }
   h2 { break-after: avoid; }
   thead { display: table-header-group; }

@@ -18,7 +18,7 @@ SUMMARY = "summary"
 def write_report(path: str | Path, report: Report, title: str = "", pictures: Pictures | None = None) -> Path:
     """Write the page to `path` and the JSON beside it (report.html, report.json); returns `path`.
 
-    pictures: caption -> PNG or GIF bytes, shown below the summary. Files are whole or not there.
+    pictures: caption -> PNG or GIF bytes, or one for each theme, shown below the summary. Files are whole or not there.
     Raises QVDError when a picture is neither, or a file cannot be written.
     """
     path = Path(path)

@@ -108,9 +108,16 @@ def test_the_page_is_accessible(page: str) -> None:
 
 def test_every_figure_is_there_in_light_and_dark(page: str) -> None:
     parsed = Page(page)
-    assert len(parsed.of("picture")) == len(FIGURES) == len(parsed.of("source"))
+    assert len(parsed.of("picture")) == len(FIGURES) == len(parsed.of("source"))  # the frames have one theme
     pictures = [item.get("src") or item.get("srcset") for item in parsed.of("img", "source")]
     assert len(set(pictures)) == len(pictures)
+
+
+def test_own_pictures_may_come_in_both_themes(report: Report) -> None:
+    free = collect(PLAN, SPEC, SHAPES)
+    parsed = Page(render_page(free, pictures={"Frames": {"light": PNG + b"1", "dark": PNG + b"2"}}))
+    assert len(parsed.of("source")) == len(parsed.of("img")) == 1
+    assert parsed.of("source")[0]["srcset"] != parsed.of("img")[0]["src"]
 
 
 def test_the_page_says_the_figures(page: str) -> None:
