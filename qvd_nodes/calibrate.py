@@ -59,9 +59,7 @@ class Job:
             raise QVDError("both experts are one MODEL: load the high-noise and the low-noise file in a node each.")
         kinds = {type(float_denoiser(expert.model)).__name__ for expert in self.experts}
         if len(kinds) > 1:
-            raise QVDError(
-                f"the experts are different kinds of model, {' and '.join(sorted(kinds))}: load two of one."
-            )
+            raise QVDError(f"the experts are different kinds of model, {' and '.join(sorted(kinds))}: load two of one.")
 
     def key(self, expert: Expert) -> str:
         """The cache's key of one expert's scales. Both experts shape what either of them sees."""

@@ -15,6 +15,7 @@ from qvd_nodes.nodes.types import CATEGORY, ScalesType, SettingsType, preset_inp
 from qvd_nodes.sampling import SamplerSettings
 
 MOST_PROMPTS = 16
+AS_SAMPLED = "As in the KSampler you will use."
 
 
 def _conditioning_inputs() -> list[Any]:
@@ -42,8 +43,8 @@ def _sampler_inputs(guidance: list[Any]) -> list[Any]:
         ),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="All steps are watched: ranges move over them."),
         *guidance,
-        io.Combo.Input("sampler_name", options=samplers.KSampler.SAMPLERS, default="euler"),
-        io.Combo.Input("scheduler", options=samplers.KSampler.SCHEDULERS, default="simple"),
+        io.Combo.Input("sampler_name", options=samplers.KSampler.SAMPLERS, default="euler", tooltip=AS_SAMPLED),
+        io.Combo.Input("scheduler", options=samplers.KSampler.SCHEDULERS, default="simple", tooltip=AS_SAMPLED),
     ]
 
 
@@ -83,7 +84,7 @@ class Calibrate(io.ComfyNode):
                 io.Model.Input("model", tooltip="In full precision, with its LoRAs, as it would be sampled."),
                 *_conditioning_inputs(),
                 *_sampler_inputs([_guidance("cfg")]),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=AS_SAMPLED),
                 *_choices(),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="A schedule of your own instead of steps and scheduler."

@@ -11,7 +11,7 @@ from qvd_nodes._comfy import ModelPatcher, folder_paths, io
 from qvd_nodes.checkpoint import load_patcher, save_patcher
 from qvd_nodes.describe import collected_warnings, image_model_note, model_summary, model_text
 from qvd_nodes.export import export_patcher
-from qvd_nodes.nodes.types import CATEGORY, ScalesType
+from qvd_nodes.nodes.types import CATEGORY, PREFIX_TOOLTIP, ScalesType
 from qvd_nodes.record import record_of
 from qvd_nodes.scale_cache import SCALES_FOLDER
 
@@ -49,7 +49,13 @@ class LoadScales(io.ComfyNode):
             display_name="QVD Load Scales",
             category=CATEGORY,
             description="Scales of an earlier calibration, from models/qvd_scales or output/qvd_scales.",
-            inputs=[io.Combo.Input("scales_name", options=folder_paths.get_filename_list(SCALES_FOLDER))],
+            inputs=[
+                io.Combo.Input(
+                    "scales_name",
+                    options=folder_paths.get_filename_list(SCALES_FOLDER),
+                    tooltip="Written by QVD Save Scales or by qvd calibrate.",
+                )
+            ],
             outputs=[ScalesType.Output(display_name="scales")],
         )
 
@@ -73,8 +79,8 @@ class SaveScales(io.ComfyNode):
             category=CATEGORY,
             description="Writes scales below output/qvd_scales, where QVD Load Scales finds them.",
             inputs=[
-                ScalesType.Input("scales"),
-                io.String.Input("filename_prefix", default=f"{SCALES_FOLDER}/scales"),
+                ScalesType.Input("scales", tooltip="From QVD Calibrate."),
+                io.String.Input("filename_prefix", default=f"{SCALES_FOLDER}/scales", tooltip=PREFIX_TOOLTIP),
             ],
             outputs=[ScalesType.Output(display_name="scales")],
             is_output_node=True,
@@ -100,7 +106,7 @@ class SaveCheckpoint(io.ComfyNode):
             search_aliases=["save int8", "export"],
             inputs=[
                 io.Model.Input("model", tooltip="The output of QVD Quantize Model, with or without LoRAs behind it."),
-                io.String.Input("filename_prefix", default=f"{MODELS_FOLDER}/qvd"),
+                io.String.Input("filename_prefix", default=f"{MODELS_FOLDER}/qvd", tooltip=PREFIX_TOOLTIP),
                 io.Combo.Input(
                     "format",
                     options=[OWN_FORMAT, STOCK_FORMAT],

@@ -19,7 +19,7 @@ from qvd_core.report import (
 from qvd_core.scales import Scales
 from qvd_nodes._comfy import ModelPatcher, folder_paths, io
 from qvd_nodes.describe import report_of
-from qvd_nodes.nodes.types import CATEGORY, ScalesType
+from qvd_nodes.nodes.types import CATEGORY, PREFIX_TOOLTIP, ScalesType
 from qvd_nodes.pictures import image_of, saved_file, spread_frames, write_frames, write_temporary
 
 
@@ -39,7 +39,7 @@ class Report(io.ComfyNode):
                 ScalesType.Input(
                     "scales", optional=True, tooltip="Those it was quantized with, for ranges and temporal features."
                 ),
-                io.String.Input("filename_prefix", default="qvd_report"),
+                io.String.Input("filename_prefix", default="qvd_report", tooltip=PREFIX_TOOLTIP),
             ],
             outputs=[],
             is_output_node=True,

@@ -11,6 +11,7 @@ from qvd_core.spec import QuantSpec
 from qvd_nodes._comfy import io
 
 CATEGORY = "QVD"
+PREFIX_TOOLTIP = "Folder and beginning of the file's name, below ComfyUI's output folder."
 ScalesType: Any = io.Custom("QVD_SCALES")
 SettingsType: Any = io.Custom("QVD_SETTINGS")
 

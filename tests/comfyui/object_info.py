@@ -125,6 +125,8 @@ def main() -> None:
         sys.exit("set COMFYUI_PATH to a ComfyUI checkout")
     with Server(path) as server:
         object_info = Client(server.url).object_info()
+        if not own(object_info):
+            sys.exit(f"the pack did not load{server.tail()}")
     write(reduce(object_info))
     texts = json.dumps(english(object_info), indent=1, ensure_ascii=False)
     (LOCALES / "en" / "nodeDefs.json").write_text(texts + "\n")
