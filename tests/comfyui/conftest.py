@@ -1,5 +1,6 @@
 """One real server for the session, and the summary of what ran on it (`comfyui_log.py`)."""
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from tests.comfyui.client import Client
 from tests.comfyui.server import TEST_PACK, Server, comfyui_path
 
 MARKER = "comfyui"
+# Builds ComfyUI's models in its own process: `test_server_families.py` runs it where ComfyUI's packages are.
+collect_ignore = [] if importlib.util.find_spec("einops") else ["test_families_real.py"]
 
 
 @pytest.fixture(scope="session")
