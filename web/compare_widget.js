@@ -172,7 +172,7 @@ function compareView() {
     if (Number.isInteger(worst) && !payload.identical) {
       const name = t("compare.worst", "worst frame {frame}", { frame: worst + 1 });
       const go = () => showPicture(pictureOf(worst, shown));
-      list.push(element("button", { type: "button", class: "qvd-chip qvd-warn", title: decibels(payload.psnr.min, language()), onclick: go }, name));
+      list.push(element("button", { type: "button", class: "qvd-chip qvd-plain", title: decibels(payload.psnr.min, language()), onclick: go }, name));
     }
     chips.replaceChildren(...list);
   }

@@ -1,5 +1,6 @@
 /** Numbers as people read them, in the language of the front end. */
 
+const GAP = "\u00a0"; // between a number and its unit: no line breaks there
 const BYTE_UNITS = ["B", "KB", "MB", "GB", "TB"];
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
@@ -24,7 +25,7 @@ export function bytes(value, language = "en") {
     unit += 1;
   }
   const digits = unit === 0 || size >= 99.95 ? 0 : size >= 9.995 ? 1 : 2;
-  return `${number(size, digits, language)} ${BYTE_UNITS[unit]}`;
+  return `${number(size, digits, language)}${GAP}${BYTE_UNITS[unit]}`;
 }
 
 /** A share (0.47) as "47 %". */
@@ -41,7 +42,7 @@ export function decibels(value, language = "en") {
     return "–";
   }
   const text = new Intl.NumberFormat(language, { maximumFractionDigits: 1, minimumFractionDigits: 1 }).format(value);
-  return `${text} dB`;
+  return `${text}${GAP}dB`;
 }
 
 /** A span of seconds: "0.4 s", "41 s", "2:05 min" or "1:02:05 h". */
@@ -50,17 +51,17 @@ export function duration(seconds, language = "en") {
     return "–";
   }
   if (seconds < 9.95) {
-    return `${number(seconds, 1, language)} s`;
+    return `${number(seconds, 1, language)}${GAP}s`;
   }
   const whole = Math.round(seconds);
   const two = (value) => String(value).padStart(2, "0");
   if (whole < 60) {
-    return `${whole} s`;
+    return `${whole}${GAP}s`;
   }
   if (whole < 3600) {
-    return `${Math.floor(whole / 60)}:${two(whole % 60)} min`;
+    return `${Math.floor(whole / 60)}:${two(whole % 60)}${GAP}min`;
   }
-  return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)} h`;
+  return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)}${GAP}h`;
 }
 
 /** A layer name cut in its middle to at most `length` characters: both ends say where it is. */

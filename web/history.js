@@ -3,6 +3,7 @@
 import { api } from "./comfy.js";
 
 const DEPTH = 24;
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a workflow that was made from a prompt
 
 /** The newest runs first: [{workflow, outputs}]; workflow: the id of the workflow that was queued, or "". */
 export async function earlierRuns() {
@@ -18,7 +19,7 @@ export async function earlierRuns() {
 export function runsIn(history) {
   return Object.values(history ?? {})
     .map((entry) => ({
-      workflow: String(entry?.prompt?.[3]?.extra_pnginfo?.workflow?.id ?? ""),
+      workflow: String(entry?.prompt?.[3]?.extra_pnginfo?.workflow?.id ?? "").replace(NO_ID, ""),
       outputs: entry?.outputs ?? {},
     }))
     .reverse();

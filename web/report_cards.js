@@ -12,7 +12,7 @@ import { language, t } from "./translate.js";
 /** What the model is and what quantization saves. */
 export function summary({ report, files }) {
   const kinds = model.kinds(report);
-  const counts = Object.entries(kinds).map(([kind, count]) => `${number(count, 0, language())} ${KINDS[kind]?.() ?? kind}`);
+  const counts = Object.entries(kinds).sort(([, one], [, other]) => other - one).map(([kind, count]) => `${number(count, 0, language())} ${KINDS[kind]?.() ?? kind}`);
   const saved = model.savedShare(report);
   const table = element("dl", { class: "qvd-summary" });
   const line = (name, value) => value && table.append(element("div", {}, element("dt", {}, name), element("dd", {}, value)));

@@ -5,15 +5,15 @@ import { language, t } from "./translate.js";
 
 /** Figures of a layer. */
 export const FIGURE_NAMES = {
-  sqnr_db: () => t("report.sqnr", "Error of the layer (SQNR)"),
-  end_sqnr_db: () => t("report.end", "Effect on the model's output"),
+  sqnr_db: () => t("report.sqnr", "SQNR of the layer"),
+  end_sqnr_db: () => t("report.end", "SQNR of the model's output"),
   coverage: () => t("report.coverage", "Share of levels used"),
 };
 
 /** Means of these figures. */
 export const MEANS = {
-  sqnr_db: () => t("report.meanSqnr", "Mean error of a layer"),
-  end_sqnr_db: () => t("report.meanEnd", "Mean effect on the output"),
+  sqnr_db: () => t("report.meanSqnr", "Mean SQNR of a layer"),
+  end_sqnr_db: () => t("report.meanEnd", "Mean SQNR of the output"),
   coverage: () => t("report.meanCoverage", "Mean share of levels used"),
 };
 

@@ -146,7 +146,7 @@ function mount(container) {
   const foot = element("footer", { class: "qvd-foot" });
   root.append(foot);
   about(foot);
-  container.classList.add("qvd-side");
+  container.classList.add("qvd-tab-place");
   container.replaceChildren(root);
   view = { live, report, turn };
   turn(state.page);

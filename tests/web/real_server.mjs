@@ -46,7 +46,7 @@ for (const [index, vue] of [false, true].entries()) {
       complained = complaints(page, notOurs);
       const settings = { "Comfy.VueNodes.Enabled": vue, "Comfy.Minimap.Visible": false };
       await openFrontEnd(page, server.url, settings);
-      await loadPrompt(page, withSeed(100 + index), "qvd");
+      await loadPrompt(page, withSeed((Date.now() + index) % 1e9), "qvd");
       await page.evaluate(bringIntoView, ["QVDCalibrate", "QVDQuantizeModel", "QVDReport"]);
     });
     after(() => page?.close());
@@ -112,7 +112,7 @@ for (const [index, vue] of [false, true].entries()) {
       await page.waitForTimeout(1500); // the front end keeps a draft of the workflow a moment after its last change
       await page.reload();
       await waitUntilUp(page);
-      await page.getByText("W8A8").first().waitFor();
+      await page.getByText("W8A8").first().waitFor({ state: "attached" });
       await page.locator(".qvd-layer-under img").waitFor({ state: "attached" });
       await show(page, "QVD.ShowReport");
       await page.getByRole("heading", { name: /WanModel/ }).waitFor();

@@ -31,7 +31,7 @@ export async function onPage(query, steps, options = {}) {
 }
 
 /** What can be read below a selector. */
-export const text = (page, selector) => page.locator(selector).innerText();
+export const text = async (page, selector) => (await page.locator(selector).innerText()).replaceAll("\u00a0", " ");
 
 /** Every recording at once. */
 export function everything(page) {

@@ -6,7 +6,7 @@ import "./stand_ins.js";
 const { describe } = await import("../../../web/badge_model.js");
 const { runsIn, newestOutputs } = await import("../../../web/history.js");
 const payload = async (name) => JSON.parse(await readFile(new URL(`../recorded/${name}.json`, import.meta.url))).qvd[0];
-const texts = ({ badges }) => badges.map((badge) => badge.text);
+const texts = ({ badges }) => badges.map((badge) => badge.text.replaceAll("\u00a0", " "));
 
 test("a quantized model says bits, coverage, memory, calibration, backend and its warnings", async () => {
   const described = describe([await payload("model")]);
