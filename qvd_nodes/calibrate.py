@@ -121,8 +121,10 @@ def _calibrate(job: Job, events: CalibrationEvents) -> list[Scales]:
     models = [_plain_clone(expert.model) for expert in job.experts]
     observations = [Observation.of(float_denoiser(model), job.spec, weights=patched_weights(model)) for model in models]
     steps = sum(expert.settings.steps_to_run for expert in job.experts)
-    groups = sum(len(observation.groups) for observation in observations)
-    events.total = len(job.positives) * steps + groups
+    searched = sum(len(observation.groups) for observation in observations)
+    if job.spec.auto_keep is not None:
+        searched += sum(len(observation.layers) for observation in observations)
+    events.total = len(job.positives) * steps + searched
 
     def sample_all() -> None:
         for number, positive in enumerate(job.positives, start=1):
@@ -171,7 +173,9 @@ def _search(job: Job, expert: Expert, observation: Observation, events: Calibrat
         management.throw_exception_if_processing_interrupted()
         new = {name: found["sqnr_db"] for name, found in figures.items() if name not in told and "sqnr_db" in found}
         told.update(new)
-        events.layer(layer, new)
+        events.found(new)
+        if done < total:  # the last call, of a search or a measurement that is done, has no layer
+            events.layer(layer)
 
     description = {
         "component": expert.name or None,

@@ -40,10 +40,13 @@ class CalibrationEvents:
         self._bar.update_absolute(self.done, self.total, preview)
         self._send("sampling", prompt=prompt, prompts=prompts, step=step, steps=steps)
 
-    def layer(self, name: str, finished: Mapping[str, float]) -> None:
-        """The search is at layer `name`; finished: output SQNR in dB of the layers done since the last call."""
+    def found(self, figures: Mapping[str, float]) -> None:
+        """Output SQNR in dB of layers that are done; goes out with the next message."""
+        self._figures += figures.items()
+
+    def layer(self, name: str) -> None:
+        """The search is at layer `name`."""
         self.done += 1
-        self._figures += finished.items()
         self._bar.update_absolute(self.done, self.total)
         self._send("search", layer=name)
 

@@ -63,7 +63,7 @@ class QVDTensor(QuantizedTensor):
         return QVDTensor(self._qdata if qdata is None else qdata, self._layout_cls, params)
 
     def detach(self) -> QVDTensor:
-        """A view. PyTorch's own cannot make one, in inference mode, of a tensor from outside of it; `Parameter` does."""
+        """A view. PyTorch's own cannot make one in inference mode of a tensor from outside; `nn.Parameter` wants it."""
         return self._copy_with(qdata=self._qdata.detach(), clone_params=False)
 
     @staticmethod
