@@ -67,7 +67,8 @@ def changed_settings(report: Report) -> str:
 def headline(report: Report) -> tuple[str, str, list[Line]]:
     """Title, subtitle and the most telling figures, the most important first."""
     family = f", family {report.family}" if report.family else ""
-    origin = report.calibrated_on.get("samples", len(report.calibrated_on.get("prompts", ())))
+    prompts = report.calibrated_on.get("prompts", ())  # the texts, or how many there were
+    origin = report.calibrated_on.get("samples", prompts if isinstance(prompts, int) else len(prompts))
     calibrated = f"calibrated on {origin} samples" if origin else "calibrated" if report.calibrated_on else "data-free"
     settings = changed_settings(report)
     subtitle = f"{bits(report)}, {calibrated}{family}{'; ' if settings else ''}{settings}"
