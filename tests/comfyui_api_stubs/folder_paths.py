@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-base_path = tempfile.mkdtemp(prefix="qvd-comfyui-stub-")
+base_path = os.path.join(tempfile.gettempdir(), "qvd-comfyui-stub")
 models_dir = os.path.join(base_path, "models")
 folder_names_and_paths: dict[str, tuple[list[str], set[str]]] = {
     "diffusion_models": ([os.path.join(models_dir, "diffusion_models")], {".safetensors"})
