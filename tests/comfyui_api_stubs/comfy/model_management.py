@@ -55,15 +55,6 @@ def unet_offload_device() -> torch.device:
     return torch.device("cpu")
 
 
-def is_device_cpu(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
-def free_memory(memory_required: float, device: torch.device, keep_loaded: Any = ()) -> list[LoadedModel]:
-    """Take models out of a device until so many bytes are free; there is always room here."""
-    return []
-
-
 def module_size(module: nn.Module) -> int:
     """Bytes of everything in a module's state dict."""
     return sum(tensor.nbytes for tensor in module.state_dict().values())
