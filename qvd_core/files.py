@@ -45,6 +45,22 @@ def write_tensors(
     return path
 
 
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file of any kind, atomically. Raises QVDError when it cannot."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return path
+
+
 def _owning_their_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU; copies of those that share memory, as statistics of one input may: no file can."""
     owned: dict[str, Tensor] = {}

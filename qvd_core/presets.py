@@ -14,8 +14,8 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     # The most accurate choice, at the price of some time while calibrating, loading and sampling: dynamic scales on top
     # of a calibrated shift, scale and rotation, and error-compensating rounding. Needs calibrated scales.
     "best": {"activation": "token", "rotate": True, "rounding": "gptq"},
-    # QVD as we reconstruct it: static activations per video frame, shift and one integrated range, power-of-two temporal
-    # codes, plain rounding. Needs calibrated scales. `log2` codes do not get finer with more bits.
+    # QVD as we reconstruct it: static activations per video frame, shift and one integrated range, power-of-two
+    # temporal codes, plain rounding. Needs calibrated scales. `log2` codes do not get finer with more bits.
     "paper": {
         "activation": "static_frame",
         "shift": True,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvd_core.errors import QVDError
+from qvd_core.files import write_bytes
 from qvd_nodes._comfy import folder_paths
 
 SHOWN_FRAMES = 64  # of a long video, spread evenly
@@ -29,13 +29,8 @@ def image_of(png: bytes) -> Tensor:
 
 def write_temporary(name: str, content: bytes, extension: str = "png") -> dict[str, str]:
     """Write to ComfyUI's folder for previews, which it empties when it starts; how the front end asks for the file."""
-    folder = Path(folder_paths.get_temp_directory())
     filename = f"{name}_{uuid.uuid4().hex[:12]}.{extension}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / filename).write_bytes(content)
-    except OSError as error:
-        raise QVDError(f"cannot write the preview {folder / filename}: {error}; free some disk space.") from error
+    write_bytes(Path(folder_paths.get_temp_directory()) / filename, content)
     return {"filename": filename, "subfolder": "", "type": TEMPORARY}
 
 

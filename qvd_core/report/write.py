@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from qvd_core.errors import QVDError
+from qvd_core.files import write_bytes
 from qvd_core.report.canvas import ThemeName
 from qvd_core.report.data import Report
 from qvd_core.report.figures import FIGURES, summary_picture
@@ -25,8 +24,8 @@ def write_report(path: str | Path, report: Report, title: str = "", pictures: Pi
     if path.suffix.lower() not in (".html", ".htm"):
         raise QVDError(f"the report {path} must be a .html file; its JSON is written beside it.")
     page = render_page(report, title, pictures)
-    _write(path.with_suffix(".json"), (report.to_json() + "\n").encode())
-    return _write(path, page.encode())
+    write_bytes(path.with_suffix(".json"), (report.to_json() + "\n").encode())
+    return write_bytes(path, page.encode())
 
 
 def write_pictures(folder: str | Path, report: Report, theme: ThemeName = "light") -> list[Path]:
@@ -35,19 +34,4 @@ def write_pictures(folder: str | Path, report: Report, theme: ThemeName = "light
     Raises QVDError when matplotlib is missing or a file cannot be written.
     """
     drawn = {SUMMARY: summary_picture(report, theme), **{item.name: item.draw(report, theme) for item in FIGURES}}
-    return [_write(Path(folder) / f"{name}.png", png) for name, png in drawn.items() if png is not None]
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write a file: to a temporary name, then renamed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return path
+    return [write_bytes(Path(folder) / f"{name}.png", png) for name, png in drawn.items() if png is not None]

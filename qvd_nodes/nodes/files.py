@@ -53,7 +53,7 @@ class LoadScales(io.ComfyNode):
                 io.Combo.Input(
                     "scales_name",
                     options=folder_paths.get_filename_list(SCALES_FOLDER),
-                    tooltip="Written by QVD Save Scales or by qvd calibrate.",
+                    tooltip="Written by QVD Save Scales.",
                 )
             ],
             outputs=[ScalesType.Output(display_name="scales")],

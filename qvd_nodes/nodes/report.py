@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qvd_core.files import write_bytes
 from qvd_core.report import (
     compare_videos,
     comparison_chart,
@@ -52,8 +53,7 @@ class Report(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory()
         )
         page = write_report(Path(folder) / f"{name}_{counter:05}_.html", report)
-        picture = page.with_suffix(".png")
-        picture.write_bytes(summary_picture(report, "dark"))
+        picture = write_bytes(page.with_suffix(".png"), summary_picture(report, "dark"))
         data = page.with_suffix(".json")
         shown = {
             "images": (saved_file(picture),),
