@@ -52,7 +52,7 @@ def collect(
     was measured, by name (`words.LABELS` has words for the usual ones); infinite values are kept as None.
     Raises QVDError when the scales hold none of the planned layers.
     """
-    if plan and scales is not None and not any(name in scales.layers or name in scales.temporal for name in plan):
+    if plan and scales is not None and not any(_knows(scales, name) for name in plan):
         raise QVDError(
             f"these scales ({scales.model_class}) know none of the {len(plan)} layers of this "
             f"{model_name or 'model'}: give those it was quantized with."
@@ -79,6 +79,11 @@ def collect(
         drift=_observed(scales, "drift", tuple[RangeDrift, ...]) or _drift_of_buckets(scales, worst),
         temporal=_temporal(scales),
     )
+
+
+def _knows(scales: Scales, name: str) -> bool:
+    """Whether scales hold anything of a layer; those that a model remembers hold figures alone."""
+    return name in scales.layers or name in scales.temporal or name in scales.report
 
 
 def planned_bytes(layer: LayerPlan, shape: tuple[int, ...], spec: QuantSpec) -> int:

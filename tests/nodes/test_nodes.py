@@ -413,9 +413,6 @@ class TestReport:
         assert output.ui["qvd_report"][0] == json.loads(paths[1].read_text(encoding="utf-8"))
         assert "blocks.0.ffn.0" in paths[1].read_text(encoding="utf-8")
 
-    @pytest.mark.xfail(
-        strict=True, raises=QVDError, reason="qvd_core.report.collect refuses scales that hold figures and no ranges"
-    )
     def test_without_scales_it_tells_what_the_model_remembers(self, wan: ModelPatcher, scales_for: Any) -> None:
         scales = scales_for()
         quantized = run(QuantizeModel, model=wan, scales=scales)[0]
