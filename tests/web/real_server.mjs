@@ -118,6 +118,18 @@ for (const [index, vue] of [false, true].entries()) {
       await page.getByRole("heading", { name: /WanModel/ }).waitFor();
     });
 
+    test("the stop button stops a calibration", { timeout: 300_000 }, async () => {
+      await show(page, "QVD.ShowCalibration");
+      await page.evaluate(() => {
+        const node = window.app.graph.nodes.find((one) => one.type === "QVDCalibrate");
+        node.widgets.find((widget) => widget.name === "seed").value = Date.now() % 1e9;
+      });
+      await queue(page, { wait: false });
+      await page.getByRole("button", { name: "Stop", exact: true }).click({ timeout: 120_000 });
+      assert.equal(await ended(page), "execution_interrupted");
+      await page.getByRole("heading", { name: "Calibration stopped" }).waitFor();
+    });
+
     test("a new node starts with the preset of the settings", async () => {
       const presets = await page.evaluate(async () => {
         await window.app.extensionManager.setting.set("QVD.DefaultPreset", "paper");

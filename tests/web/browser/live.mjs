@@ -22,6 +22,15 @@ describe("the live panel", () => {
         return window.page.replay(5);
       });
       assert.equal(await page.locator("#side > *").count(), 0);
+      const open = await page.evaluate(async () => {
+        const { extensionManager } = window.page.app;
+        extensionManager.registerSidebarTab({ id: "other", render() {} });
+        extensionManager.sidebarTab.toggleSidebarTab("other");
+        extensionManager.setting.set("QVD.LivePanel", true);
+        await window.page.replay(5);
+        return extensionManager.sidebarTab.activeSidebarTabId;
+      });
+      assert.equal(open, "other");
     }));
 
   test("survives being closed and opened again, and keeps the last run over a reload", () =>
