@@ -1,6 +1,6 @@
 """The pictures of docs/method.md, from real runs of the trained miniatures.
 
-    python -m benchmarks.method_pictures             # writes docs/images/method-*.png, about two minutes on one core
+    python -m benchmarks.method_pictures             # writes docs/images/method-*.png, about three minutes on one core
 
 Temporal features need no sampling; channel ranges come from one calibration run of the Wan miniature.
 """
