@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES: dict[str, list[tuple[str, str]]] = {}
 ABOUT: dict[str, str] = {}
 _selected: set[str] = set()
@@ -29,11 +30,15 @@ def about(server: Any, client: Any) -> None:
     system = client.get("/system_stats")["system"]
     command = ["git", "-C", str(server.path), "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    own = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short=12", "HEAD"]
+    here = ["git", "-C", str(ROOT)]
+    own = subprocess.run([*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = [*here, "status", "--porcelain", "--", "qvd_core", "qvd_nodes", "web", "__init__.py"]
+    if subprocess.run(changed, capture_output=True, text=True).stdout.strip():
+        own += ", with uncommitted changes"
     ABOUT.update(
         {
             "ComfyUI": f"{system['comfyui_version']}" + (f" (commit {commit})" if commit else ""),
-            "QVD": subprocess.run(own, capture_output=True, text=True).stdout.strip(),
+            "QVD": own,
             "Python": str(system["python_version"]).split(" ")[0],
             "PyTorch": str(system["pytorch_version"]),
             "processor": processor() + ", one thread",

@@ -206,7 +206,8 @@ def test_says_so_on_the_node(name: str, client: Client, server: Server, referenc
     graph = Graph()
     node = draw(graph)
     message = fail(client, graph, node)
-    figure("says", f'"{message.replace(str(server.base), "…")}"')
+    shown = message.replace(str(server.base), "…").replace(str(server.base.parent), "…")
+    figure("says", f'"{shown}"')
     assert message
     assert not INTERNAL.search(message), message
     assert re.search(words, message), message

@@ -14,6 +14,11 @@ pytestmark = pytest.mark.comfyui
 MINIMUM_DB = 30.0
 
 
+def next_key(change: dict[str, Any]) -> str:
+    """What a change is of, as the name of a test."""
+    return next(iter(change))
+
+
 def calibrated(*texts: str, **settings: Any) -> tuple[Graph, str, str]:
     """Calibrate Wan, quantize, sample; the graph and the ids of two nodes."""
     graph = Graph()
@@ -49,7 +54,9 @@ def test_without_the_cache_it_runs_again(client: Client) -> None:
     assert qvd(succeed(client, again), node)["cache_hit"] is False
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"steps": 3}, {"cfg": 2.0}, {"sampler_name": "dpmpp_2m"}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"steps": 3}, {"cfg": 2.0}, {"sampler_name": "dpmpp_2m"}], ids=next_key
+)
 def test_another_way_of_sampling_is_another_calibration(change: dict[str, Any], client: Client) -> None:
     graph, node, _ = calibrated("a tower")
     succeed(client, graph)
