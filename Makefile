@@ -43,6 +43,7 @@ demo: $(KERNELS_STAMP)
 # and a worker per core would load torch and diffusers once per core. A file stays on one worker, with its fixtures.
 test: $(KERNELS_STAMP)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+	@test -n "$(COMFYUI_PATH)" || echo "No test on a real ComfyUI ran: make test-comfyui COMFYUI_PATH=<checkout>"
 
 # In an environment of its own, which needs nothing but what these tests import.
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

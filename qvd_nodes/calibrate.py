@@ -160,7 +160,16 @@ def _sample(
         def step_done(step: int, steps: int, preview: Any) -> None:
             events.step(number, len(job.positives), step, steps, preview)
 
-        samples = run_sampler(model, expert.settings, positive, job.negative, latent, step_done)
+        try:
+            samples = run_sampler(model, expert.settings, positive, job.negative, latent, step_done)
+        except torch.OutOfMemoryError:
+            raise  # ComfyUI has words of its own for it
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise QVDError(
+                f"this MODEL ({type(model.model.diffusion_model).__name__}) cannot be sampled with these inputs "
+                f"({type(error).__name__}: {error}): the conditioning and the latent must be made for it. Try the same "
+                "inputs in a KSampler."
+            ) from error
         latent = {**latent, "samples": samples}
 
 
