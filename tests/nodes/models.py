@@ -134,12 +134,17 @@ class VideoFormat(latent_formats.LatentFormat):
 
 
 class WanConfig(supported_models_base.BASE):
-    required_keys = {"{}time_projection.1.weight": None}  # noqa: RUF012 - as in ComfyUI
+    required_keys = {"{}blocks.1.self_attn.q.weight": None}  # noqa: RUF012 - as in ComfyUI
     latent_format = VideoFormat
     denoiser = WanModel
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> model_base.BaseModel:
         return model_base.BaseModel(self, device=device, unet_model=type(self).denoiser)
+
+
+class OneBlockConfig(WanConfig):
+    required_keys = {"{}blocks.0.self_attn.q.weight": None}  # noqa: RUF012 - as in ComfyUI
+    unet_config = {"layers": 1}  # noqa: RUF012 - as in ComfyUI
 
 
 class ConvolutionsConfig(WanConfig):
@@ -150,7 +155,7 @@ class ConvolutionsConfig(WanConfig):
 @cache
 def _weights(config: type[WanConfig], seed: int) -> dict[str, Tensor]:
     """Every parameter random, norms near 1. Shared: each MODEL gets a copy."""
-    made = config({}).get_model({})
+    made = config(config.unet_config).get_model({})
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in made.diffusion_model.state_dict().items():
@@ -164,7 +169,7 @@ def _weights(config: type[WanConfig], seed: int) -> dict[str, Tensor]:
 
 def patcher(config: type[WanConfig], dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
     """A float MODEL as a loader makes it."""
-    made = config({})
+    made = config(config.unet_config)
     made.set_inference_dtype(dtype, None)
     model = made.get_model({})
     model.load_model_weights({name: tensor.to(dtype) for name, tensor in _weights(config, seed).items()})
