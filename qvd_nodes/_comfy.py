@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy.sample import fix_empty_latent_channels, prepare_noise, sample, sample_custom
-from comfy_api.latest import ComfyExtension, io, ui
+from comfy_api.latest import ComfyExtension, io
 from comfy_kitchen.tensor.base import BaseLayoutParams
 from server import PromptServer
 
@@ -53,6 +53,5 @@ __all__ = [
     "sample",
     "sample_custom",
     "samplers",
-    "ui",
     "utils",
 ]

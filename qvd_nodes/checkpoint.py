@@ -21,7 +21,15 @@ from qvd_core.files import METADATA_KEY, write_tensors
 from qvd_core.plan import LayerPlan, plan_from_dict
 from qvd_core.spec import QuantSpec
 from qvd_nodes._comfy import ModelPatcher, detection, loading, management, utils
-from qvd_nodes.layers import FORMAT, FORMAT_VERSION, QuantizedOp, QVDOperations, attach_clock, stored_tensors
+from qvd_nodes.layers import (
+    FORMAT,
+    FORMAT_VERSION,
+    QuantizedOp,
+    QVDOperations,
+    attach_clock,
+    count_layers,
+    stored_tensors,
+)
 from qvd_nodes.layout import CALIBRATED, Recipe, is_quantized, quantized_weight
 from qvd_nodes.model_copy import adopt
 from qvd_nodes.record import Record, attach, record_of
@@ -99,7 +107,7 @@ def load_patcher(path: str | Path) -> ModelPatcher:
     )
     if patcher is None:
         raise QVDError(f"{path} holds a model that this ComfyUI does not know: update ComfyUI.")
-    _check_complete(path, patcher, names)
+    _check_complete(path, patcher, names, record)
     attach_clock(denoiser(patcher))
     attach(patcher, record)
     adopt(patcher)
@@ -213,7 +221,7 @@ def _check(tensors: Mapping[str, Tensor], shape: tuple[int, ...], recipe: Recipe
         raise QVDError(f"is said to rotate blocks of {recipe.plan.rotation} of its {inputs} channels")
 
 
-def _check_complete(path: str | Path, patcher: ModelPatcher, given: dict[str, Tensor]) -> None:
+def _check_complete(path: str | Path, patcher: ModelPatcher, given: dict[str, Tensor], record: Record) -> None:
     """Raise QVDError when the file lacks tensors of the model: ComfyUI only logs that, and samples noise."""
     found = patcher.model.model_config.process_unet_state_dict(_without_prefix(given))
     model = denoiser(patcher)
@@ -225,3 +233,8 @@ def _check_complete(path: str | Path, patcher: ModelPatcher, given: dict[str, Te
     missing = sorted(expected - set(found))
     if missing:
         raise QVDError(f"{path} lacks {len(missing)} tensors of its model, the first is {missing[0]}: save it again.")
+    layers = count_layers(model)
+    if layers != record.layers_in_all:  # whole blocks are gone, and ComfyUI takes the rest for a smaller model
+        raise QVDError(
+            f"{path} makes a model of {layers} layers, it was saved from {record.layers_in_all}: save it again."
+        )

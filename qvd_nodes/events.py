@@ -50,9 +50,8 @@ class CalibrationEvents:
         self._bar.update_absolute(self.done, self.total)
         self._send("search", layer=name)
 
-    def end(self, phase: str, message: str = "", finished: Mapping[str, float] | None = None) -> None:
+    def end(self, phase: str, message: str = "") -> None:
         """The run is "done", "cached", "interrupted" or "failed"; always sent."""
-        self._figures += (finished or {}).items()
         if phase in ("done", "cached"):
             self.done = self.total
             self._bar.update_absolute(self.total, self.total)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qvd_core.clock import SamplingClock
 from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic
+from qvd_core.layer_kinds import layer_kind, register_layer_class
 from qvd_core.layers import QuantizedLayer
 from qvd_core.plan import plan_to_list
 from qvd_nodes._comfy import QuantizedTensor, ops
@@ -291,6 +292,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedOp]:
     }
 
 
+def count_layers(model: nn.Module) -> int:
+    """Linear and convolution layers of a model of ComfyUI, quantized or not, built of QVD's layers or of others."""
+    return sum(isinstance(module, QuantizedOp) or layer_kind(module) is not None for module in model.modules())
+
+
 def attach_clock(model: nn.Module) -> None:
     """Tell the layers whose scales change while sampling what is being sampled, through one hook on the model."""
     for key, hook in list(model._forward_pre_hooks.items()):
@@ -306,3 +312,9 @@ def attach_clock(model: nn.Module) -> None:
     model.register_forward_pre_hook(clock.read, with_kwargs=True)
     for layer in layers:
         layer.clock = clock
+
+
+for _operations in (ops.disable_weight_init, ops.manual_cast):  # they compute what PyTorch's layers do
+    register_layer_class(_operations.Linear, "linear")
+    register_layer_class(_operations.Conv2d, "conv2d")
+    register_layer_class(_operations.Conv3d, "conv3d")

@@ -11,14 +11,13 @@ from qvd_core.checks import cast_finite
 from qvd_core.convert import fit_data_free
 from qvd_core.encode import Encoding
 from qvd_core.families import family_or_generic
-from qvd_core.layer_kinds import layer_kind, register_layer_class
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import StackedWeights
 from qvd_core.temporal_layer import codebook_tensors
 from qvd_core.weight_source import WeightSource
-from qvd_nodes._comfy import ModelPatcher, management, ops
-from qvd_nodes.layers import attach_clock, outer_layer
+from qvd_nodes._comfy import ModelPatcher, management
+from qvd_nodes.layers import attach_clock, count_layers, outer_layer
 from qvd_nodes.layout import Recipe, quantized_weight
 from qvd_nodes.model_copy import copy_base_model, patcher_of
 from qvd_nodes.record import Record, attach, metadata_of_source
@@ -87,7 +86,7 @@ def _record(source: ModelPatcher, spec: QuantSpec, scales: Scales | None) -> Rec
         spec=spec,
         family=family_or_generic(model).name,
         float_bytes=management.module_size(model),
-        layers_in_all=sum(layer_kind(module) is not None for module in model.modules()),
+        layers_in_all=count_layers(model),
         report={} if scales is None else scales.report,
         calibrated_on={} if scales is None else scales.calibrated_on,
         file_metadata=metadata_of_source(source),
@@ -126,9 +125,3 @@ def _edit_producers(model: nn.Module, encoding: Encoding, source: ModelPatcher) 
         setattr(model.get_submodule(layer), key, nn.Parameter(changed, requires_grad=False))
         edited.append(name)
     return edited
-
-
-for _operations in (ops.disable_weight_init, ops.manual_cast):  # they compute what PyTorch's layers do
-    register_layer_class(_operations.Linear, "linear")
-    register_layer_class(_operations.Conv2d, "conv2d")
-    register_layer_class(_operations.Conv3d, "conv3d")
