@@ -228,6 +228,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], object], s
         lambda t, m: [t.pop(name) for name in list(t) if name.startswith(f"{LAYER}.")],
         "lacks 2 tensors",
     ),
+    "a whole block is missing": (
+        lambda t, m: [t.pop(name) for name in list(t) if name.startswith("blocks.1.")],
+        "lacks|makes a model of|does not know",
+    ),
     "a description of another type": (_replace(f"{LAYER}.comfy_quant", lambda t: t.float()), "description of"),
     "a huge description": (
         _replace(f"{LAYER}.comfy_quant", lambda t: torch.zeros(10**6, dtype=torch.uint8)),
