@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,35 @@ def write_tensors(
 
     What JSON has no type for is written as its `repr`. metadata: further entries of the file's own, of other programs.
     """
+    own = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
+    with _whole(path) as partial:
+        save_file(_owning_their_memory(tensors), partial, {**(metadata or {}), **own})
+    return Path(path)
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file of any kind, atomically. Raises QVDError when it cannot."""
+    with _whole(path) as partial:
+        partial.write_bytes(content)
+    return Path(path)
+
+
+@contextmanager
+def _whole(path: str | Path) -> Iterator[Path]:
+    """The temporary file to write, which takes the name `path` at the end. Raises QVDError when that cannot be done."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise QVDError(f"cannot write {path}: it is a folder or a device; give the path of a file.")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    own = {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True, default=repr)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_owning_their_memory(tensors), partial, {**(metadata or {}), **own})
+        yield partial
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
     finally:
         with suppress(OSError):  # not there in the first place, or in a folder that never was
             partial.unlink()
-    return path
-
-
-def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file of any kind, atomically. Raises QVDError when it cannot."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise QVDError(f"cannot write {path}: {error}; choose a folder that is writable and has room.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return path
 
 
 def _owning_their_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
