@@ -19,11 +19,10 @@ from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_nodes._comfy import ModelPatcher, WrappersMP, management
 from qvd_nodes.events import CalibrationEvents
+from qvd_nodes.quantize import COMPILE_WRAPPER
 from qvd_nodes.sampling import Conditioning, SamplerSettings, check_inputs, digest_of, run_sampler
 from qvd_nodes.scale_cache import calibration_key, scale_cache
 from qvd_nodes.weights import float_denoiser, patched_weights, unload
-
-COMPILE_WRAPPER = "torch.compile"  # the key of ComfyUI's own node; a compiled model calls no hooks
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,10 @@ class Job:
         check_inputs(self.positives, self.negative, self.latent)
         for expert in self.experts:
             float_denoiser(expert.model)
+            if expert.settings.sigmas is not None and len(expert.settings.sigmas) < 2:
+                raise QVDError("the sigmas hold no step: connect a scheduler node with at least one step.")
+            if expert.settings.denoise <= 0:
+                raise QVDError("denoise is 0: nothing would be sampled; use 1, or what the KSampler uses.")
             if expert.settings.steps_to_run < 1:
                 raise QVDError(
                     f"the {expert.name or 'only'} MODEL would sample no step of {expert.settings.steps}: "
@@ -143,7 +146,7 @@ def _calibrate(job: Job, events: CalibrationEvents) -> list[Scales]:
 
 
 def _plain_clone(source: ModelPatcher) -> ModelPatcher:
-    """The MODEL without what hides its layers from hooks."""
+    """The MODEL without what hides its layers from hooks: a compiled one calls none."""
     model = source.clone()
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER)
     return model

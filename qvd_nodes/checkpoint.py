@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qvd_core.checks import stored_problem
 from qvd_core.errors import QVDError
+from qvd_core.families import family_or_generic
 from qvd_core.files import METADATA_KEY, write_tensors
 from qvd_core.plan import LayerPlan, plan_from_dict
 from qvd_core.spec import QuantSpec
@@ -28,6 +29,7 @@ from qvd_nodes.layers import (
     QVDOperations,
     attach_clock,
     count_layers,
+    quantized_layers,
     stored_tensors,
 )
 from qvd_nodes.layout import CALIBRATED, Recipe, is_quantized, quantized_weight
@@ -35,6 +37,8 @@ from qvd_nodes.model_copy import adopt
 from qvd_nodes.record import Record, attach, record_of
 from qvd_nodes.weights import PREFIX, denoiser, unload
 
+DIMENSIONS = {"linear": 2, "temporal": 2, "conv2d": 4, "conv3d": 5}
+LARGEST_CODE = 127
 LARGEST_DESCRIPTION = 2**16  # bytes of one layer's `comfy_quant` entry
 
 
@@ -58,7 +62,8 @@ def merged_modules(patcher: ModelPatcher) -> Any:
     for name, module in model.named_modules():
         management.throw_exception_if_processing_interrupted()
         before = dict(module._parameters)
-        for key in before:
+        leaf = all(key in before for key, _ in module.named_parameters())  # ComfyUI patches no others when it loads
+        for key in before if leaf else ():
             full = f"{PREFIX}{name}.{key}" if name else f"{PREFIX}{key}"
             if full in patcher.patches:
                 merged = patcher.patch_weight_to_device(full, device_to=device, return_weight=True)
@@ -98,15 +103,24 @@ def load_patcher(path: str | Path) -> ModelPatcher:
 
     Raises QVDError when the file is missing, damaged, no file of QVD, newer, or not whole.
     """
-    record = _read_record(Path(path))
+    described = _read_record(Path(path))
     tensors, metadata = utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     tensors = _joined(path, tensors)
     names = dict(tensors)
-    patcher = loading.load_diffusion_model_state_dict(
-        tensors, model_options={"custom_operations": QVDOperations}, metadata=metadata
-    )
+    try:
+        patcher = loading.load_diffusion_model_state_dict(
+            tensors, model_options={"custom_operations": QVDOperations}, metadata=metadata
+        )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (QVDError, torch.OutOfMemoryError)):
+            raise
+        raise QVDError(
+            f"{path} does not make a whole model ({type(error).__name__}: {str(error).splitlines()[0][:200]}): "
+            "save it again."
+        ) from error
     if patcher is None:
         raise QVDError(f"{path} holds a model that this ComfyUI does not know: update ComfyUI.")
+    record = described or _record_of_layers(patcher)
     _check_complete(path, patcher, names, record)
     attach_clock(denoiser(patcher))
     attach(patcher, record)
@@ -114,18 +128,33 @@ def load_patcher(path: str | Path) -> ModelPatcher:
     return patcher
 
 
-def _read_record(path: Path) -> Record:
+def _record_of_layers(patcher: ModelPatcher) -> Record:
+    """What a file tells whose description another node has left out, as ComfyUI's own save nodes do."""
+    model = denoiser(patcher)
+    layers = quantized_layers(model)
+    float_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    spec = next(iter(layers.values())).weight._params.recipe.spec
+    return Record(spec, family_or_generic(model).name, float_bytes, count_layers(model))
+
+
+def _read_record(path: Path) -> Record | None:
+    """A file's description; None where there is none, but layers of QVD. Raises QVDError for any other file."""
     if not path.is_file():
         raise QVDError(f"{path} does not exist: refresh the list of files (press R), or save the model again.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            quantized = any(key.endswith(".comfy_quant") for key in file.keys())  # noqa: SIM118 - not a mapping
+            entry = next((key for key in file.keys() if key.endswith(".comfy_quant")), None)  # noqa: SIM118 - no mapping
+            layer = (
+                None if entry is None else _json(bytes(file.get_tensor(entry).flatten()[:LARGEST_DESCRIPTION].tolist()))
+            )
     except (OSError, SafetensorError) as error:
         raise QVDError(f"{path} is damaged or no safetensors file ({error}): download or save it again.") from error
     description = _json(metadata.get(METADATA_KEY, "null"))
     if not isinstance(description, dict) or description.get("kind") != "comfyui":
-        kind = "an int8 file of another program" if quantized else "no int8 file of QVD"
+        if description is None and isinstance(layer, dict) and layer.get("format") == FORMAT:
+            return None
+        kind = "no int8 file of QVD" if entry is None else "an int8 file of another program"
         raise QVDError(
             f"{path} is {kind}: load it with ComfyUI's own Load Diffusion Model; in full precision QVD Quantize Model "
             "then quantizes it."
@@ -137,9 +166,9 @@ def _read_record(path: Path) -> Record:
     return Record.from_dict(description, others)
 
 
-def _json(text: str) -> Any:
+def _json(text: str | bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text if isinstance(text, str) else text.decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -155,16 +184,28 @@ def _joined(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             recipe, shape = _parse(joined.pop(key))
             own = _take(joined, layer, recipe.plan)
             _check(own, shape, recipe)
+            _check_bias(joined.get(f"{layer}.bias"), shape[0])
         except QVDError as error:
             raise QVDError(f"{path}: layer {layer} {error}: the file is damaged, or from a newer QVD.") from None
         joined[f"{layer}.weight"] = quantized_weight(own, shape, dtype, recipe)
+    for name, tensor in joined.items():
+        if not is_quantized(tensor):
+            _check_float(path, name, tensor)
     return joined
+
+
+def _check_float(path: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise QVDError for codes that no description belongs to, and for NaN."""
+    codes = tensor.dtype in (torch.int8, torch.uint8) or name.endswith(".weight_scale")
+    problem = "belongs to no int8 layer" if codes else stored_problem("", tensor)
+    if problem:
+        raise QVDError(f"{path}: {name} {problem}: the file is damaged, save it again.")
 
 
 def _parse(entry: Tensor) -> tuple[Recipe, tuple[int, ...]]:
     if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > LARGEST_DESCRIPTION:
         raise QVDError(f"has a description of {entry.dtype} {list(entry.shape)}")
-    values = _json(bytes(entry.tolist()).decode(errors="replace"))
+    values = _json(bytes(entry.tolist()))
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
         raise QVDError("has a description that this QVD cannot read")
     shape = values.get("shape")
@@ -195,6 +236,11 @@ def _take(tensors: dict[str, Tensor], layer: str, plan: LayerPlan) -> dict[str, 
     return own
 
 
+def _check_bias(bias: Tensor | None, outputs: int) -> None:
+    if bias is not None and not (bias.is_floating_point() and tuple(bias.shape) == (outputs,)):
+        raise QVDError(f"has a bias of {bias.dtype} {list(bias.shape)}, expected {outputs} floating-point values")
+
+
 def _check(tensors: Mapping[str, Tensor], shape: tuple[int, ...], recipe: Recipe) -> None:
     """Raise QVDError unless every tensor has the dtype, shape and values that the layer's recipe asks for."""
     outputs, inputs = shape[0], shape[1]
@@ -217,6 +263,10 @@ def _check(tensors: Mapping[str, Tensor], shape: tuple[int, ...], recipe: Recipe
         problem = stored_problem(name, tensor)
         if problem:
             raise QVDError(f"has a {name} that {problem}")
+    if len(shape) != DIMENSIONS[recipe.plan.kind]:
+        raise QVDError(f"is said to be a {recipe.plan.kind} layer with a weight of {len(shape)} dimensions")
+    if not bool((tensors["weight_scale"] * LARGEST_CODE).isfinite().all()):
+        raise QVDError("has a weight_scale beyond any weight")
     if recipe.plan.rotation and inputs % recipe.plan.rotation:
         raise QVDError(f"is said to rotate blocks of {recipe.plan.rotation} of its {inputs} channels")
 

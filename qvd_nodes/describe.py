@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic, is_image_model
+from qvd_core.fingerprint import structure_fingerprint
 from qvd_core.ops import resolve_backend
 from qvd_core.report import Report, collect, kept_layers
 from qvd_core.scales import Scales
@@ -21,6 +23,7 @@ from qvd_nodes.record import Record, record_of
 from qvd_nodes.weights import denoiser
 
 WORST = 10
+PROBED_LAYERS = 4
 ROWS = 1024  # of a typical call, to say which kernel runs it
 
 
@@ -93,6 +96,8 @@ def report_of(patcher: ModelPatcher, scales: Scales | None = None) -> Report:
     model = denoiser(patcher)
     layers = quantized_layers(model)
     plan = {name: layer.weight._params.recipe.plan for name, layer in layers.items()}
+    if scales is not None:
+        _check_scales(model, layers, record, scales)
     figures = record.report if scales is None else scales.report
     return collect(
         plan,
@@ -106,6 +111,16 @@ def report_of(patcher: ModelPatcher, scales: Scales | None = None) -> Report:
         int8_bytes=management.module_size(model),
         layer_bytes={name: _bytes(layer) for name, layer in layers.items()},
     )
+
+
+def _check_scales(model: nn.Module, layers: Mapping[str, QuantizedOp], record: Record, scales: Scales) -> None:
+    """Raise QVDError for scales of another model, or of its other expert."""
+    if structure_fingerprint(model) != scales.fingerprint:
+        raise QVDError(f"these scales were calibrated on another model (a {scales.model_class}): connect this one's.")
+    if record.spec.portable:  # its layers hold parts of others' weights
+        return
+    for name in [name for name in layers if name in scales.layers][:PROBED_LAYERS]:
+        scales.check_weight(name, layers[name].weight.dequantize())
 
 
 def _remembered(model: nn.Module, record: Record) -> Scales | None:

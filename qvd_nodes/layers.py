@@ -157,6 +157,29 @@ class QuantizedOp(nn.Module):
         self.weight = nn.Parameter(changed, requires_grad=False)
         return None
 
+    def convert_bias(self, bias: Tensor, inplace: bool = False, **_: Any) -> Tensor:
+        """ComfyUI asks for the float bias that a patch is to change: without the input shift's share."""
+        share = self._shift_share()
+        return bias if share is None or not is_quantized(self.weight) else bias + share.to(bias)
+
+    def set_bias(
+        self, bias: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **_: Any
+    ) -> Tensor | None:
+        """ComfyUI hands back the patched float bias."""
+        share = self._shift_share()
+        changed = (bias if share is None else bias - share.to(bias)).to(self.bias.dtype)
+        if return_weight:
+            return changed
+        self.bias = nn.Parameter(changed, requires_grad=False)
+        return None
+
+    def _shift_share(self) -> Tensor | None:
+        """float32 [N]: the float bias less the stored one; the same whatever is merged into the weight."""
+        if not is_quantized(self.weight):
+            return None
+        share: Tensor | None = QVDInt8Layout.requantize_kwargs(self.weight).get("carried")
+        return share
+
     def _requantized(self, weight: Tensor) -> QuantizedTensor:
         """A float weight on the original input, quantized as this layer's own; its own codes where nothing changed."""
         own = self.weight.to(weight.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,19 +11,23 @@ from torch import Tensor, nn
 from qvd_core.checks import cast_finite
 from qvd_core.convert import fit_data_free
 from qvd_core.encode import Encoding
+from qvd_core.errors import QVDError
 from qvd_core.families import family_or_generic
 from qvd_core.scales import Scales
 from qvd_core.spec import QuantSpec
 from qvd_core.temporal import StackedWeights
 from qvd_core.temporal_layer import codebook_tensors
 from qvd_core.weight_source import WeightSource
-from qvd_nodes._comfy import ModelPatcher, management
+from qvd_nodes._comfy import ModelPatcher, WrappersMP, management
 from qvd_nodes.layers import attach_clock, count_layers, outer_layer
 from qvd_nodes.layout import Recipe, quantized_weight
 from qvd_nodes.model_copy import copy_base_model, patcher_of
 from qvd_nodes.record import Record, attach, metadata_of_source
-from qvd_nodes.weights import denoiser, float_denoiser, patched_tensor, patched_weights, unload, without_patches
+from qvd_nodes.weights import PREFIX, denoiser, float_denoiser, patched_tensor, patched_weights, unload, without_patches
 
+logger = logging.getLogger(__name__)
+
+COMPILE_WRAPPER = "torch.compile"  # the key of ComfyUI's own node
 FLOAT32_BYTES = 4
 COPIES_OF_A_WEIGHT = 8  # that quantizing makes on the way, at most
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -39,6 +44,7 @@ def quantize_patcher(
     `qvd_core.quantize_model` refuses.
     """
     float_denoiser(source)
+    _refuse_replaced_parts(source)
     unload(source)
     twin = copy_base_model(source.model)
     model: nn.Module = twin.diffusion_model  # type: ignore[assignment]
@@ -67,9 +73,27 @@ def quantize_patcher(
     if progress is not None:
         progress(len(encoding.plan), len(encoding.plan))
     result = patcher_of(twin, source)
+    _without_compiled_float(result)
     attach(result, _record(source, spec, scales))
     without_patches(result, [f"{name}.{kind}" for name in encoding.plan for kind in ("weight", "bias")] + edited)
     return result
+
+
+def _refuse_replaced_parts(source: ModelPatcher) -> None:
+    """Raise QVDError where another node puts float modules into the loaded denoiser: int8 would never run."""
+    for name, part in source.object_patches.items():
+        if name.startswith(PREFIX) and isinstance(part, nn.Module):
+            raise QVDError(
+                f"another node has replaced {name} of this MODEL (by a {type(part).__name__}), in full precision: put "
+                "that node (a compile node, for one) behind QVD Quantize Model."
+            )
+
+
+def _without_compiled_float(result: ModelPatcher) -> None:
+    """Take off what TorchCompileModel has compiled: it is the float model."""
+    if result.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER):
+        result.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER)
+        logger.warning("The MODEL was compiled before it was quantized, and is not now: put TorchCompileModel behind.")
 
 
 def _make_room(model: nn.Module, encoding: Encoding) -> None:

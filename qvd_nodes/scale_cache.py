@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qvd_core import __version__
 from qvd_core.cache import ScaleCache, cache_key
 from qvd_core.fingerprint import structure_fingerprint, weight_probe
 from qvd_nodes._comfy import ModelPatcher, folder_paths
@@ -53,7 +54,7 @@ def scale_cache() -> ScaleCache:
 
 def calibration_key(patcher: ModelPatcher, settings: Mapping[str, Any]) -> str:
     """One key for everything a calibration depends on: the MODEL's weights and patches, and `settings`."""
-    return cache_key({"kind": "comfyui", "model": _content_of_model(patcher), **settings})
+    return cache_key({"kind": "comfyui", "qvd": __version__, "model": _content_of_model(patcher), **settings})
 
 
 def _content_of_model(patcher: ModelPatcher) -> str:
@@ -69,6 +70,8 @@ def _content_of_model(patcher: ModelPatcher) -> str:
         digest.update(f"|{key}".encode())
         _feed(digest, patcher.patches[key])
     _feed(digest, _sampling_of(patcher))
+    _feed(digest, patcher.object_patches)
+    _feed(digest, patcher.model_options)
     return digest.hexdigest()[:32]
 
 
@@ -98,5 +101,9 @@ def _feed(digest: Any, value: Any) -> None:
         _feed(digest, value.weights)
     elif isinstance(value, (bool, int, float, str, type(None))):
         digest.update(f"<{value!r}>".encode())
-    else:
-        digest.update(type(value).__name__.encode())  # a repr may hold an address, other in every run
+    elif isinstance(value, nn.Module):
+        digest.update(type(value).__name__.encode())
+        _feed(digest, dict(value.named_parameters()))
+    else:  # a function by its name, others by their type: a repr may hold an address, other in every run
+        named = value if hasattr(value, "__qualname__") else type(value)
+        digest.update(f"{named.__module__}.{named.__qualname__}".encode())

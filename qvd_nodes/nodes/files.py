@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qvd_core.errors import QVDError
 from qvd_core.scales import Scales
 from qvd_nodes._comfy import ModelPatcher, folder_paths, io
 from qvd_nodes.checkpoint import load_patcher, save_patcher
@@ -22,7 +23,12 @@ STOCK_FORMAT = "ComfyUI int8 (no pack needed)"
 
 def _next_file(prefix: str) -> Path:
     """The next free file of ComfyUI's output folder for a prefix as its save nodes take it."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    if not prefix.strip() or "\0" in prefix:
+        raise QVDError(f"the filename_prefix {prefix!r} names no file: give one like {MODELS_FOLDER}/qvd.")
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except OSError as error:
+        raise QVDError(f"cannot save as {prefix!r} in the output folder: {error}; choose another name.") from error
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 

@@ -55,8 +55,21 @@ class QuantizeModel(io.ComfyNode):
         bar = utils.ProgressBar(1)
         with collected_warnings() as warnings:
             result = quantize_patcher(model, spec, scales, lambda done, total: bar.update_absolute(done, total))
-        summary = model_summary(result, [*image_model_note(model, spec), *warnings])
+        notes = [*image_model_note(model, spec), *_uncalibrated_note(spec, scales), *warnings]
+        summary = model_summary(result, notes)
         return io.NodeOutput(result, ui={"text": (model_text(summary),), "qvd": (summary,)})
+
+
+def _uncalibrated_note(spec: QuantSpec, scales: Scales | None) -> list[str]:
+    """What settings cannot do without scales."""
+    if scales is not None:
+        return []
+    lines = []
+    if min(spec.weight_bits, spec.activation_bits) < 8:
+        lines.append("Fewer than 8 bits without calibration lose much: connect QVD Calibrate to `scales`.")
+    if spec.rotate:
+        lines.append("rotate does nothing without scales: connect QVD Calibrate.")
+    return lines
 
 
 def _choice(name: str, kind: Any, tooltip: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from qvd_diffusers import QVDConfig, Scales, calibrate
 from qvd_diffusers.cli import main
 from qvd_diffusers.cli_report import read_reports
 from tests.diffusers.tiny import PROMPTS, WAN_CALL
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="pictures need matplotlib, which is an extra"
+)
 
 
 def calibrated(folder: Path, **options: object) -> Scales:
@@ -51,6 +56,7 @@ def test_the_sizes_are_those_of_the_files_tensors(files: Path, wan_folder: Path)
     assert report.float_bytes == pytest.approx(sizes[0], rel=0.02)  # folds may have added biases
 
 
+@needs_matplotlib
 def test_the_command_writes_page_json_and_pictures(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

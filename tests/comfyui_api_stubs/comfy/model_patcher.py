@@ -283,6 +283,10 @@ class ModelPatcher:
     def add_wrapper_with_key(self, wrapper_type: str, key: str | None, wrapper: Callable[..., Any]) -> None:
         self.wrappers.setdefault(wrapper_type, {}).setdefault(key, []).append(wrapper)
 
+    def get_wrappers(self, wrapper_type: str, key: str | None) -> list[Any]:
+        found: list[Any] = self.wrappers.get(wrapper_type, {}).get(key, [])
+        return found
+
     def remove_wrappers_with_key(self, wrapper_type: str, key: str | None) -> None:
         self.wrappers.get(wrapper_type, {}).pop(key, None)
 
