@@ -152,7 +152,7 @@ def _read_record(path: Path) -> Record | None:
         raise QVDError(f"{path} is damaged or no safetensors file ({error}): download or save it again.") from error
     description = _json(metadata.get(METADATA_KEY, "null"))
     if not isinstance(description, dict) or description.get("kind") != "comfyui":
-        if description is None and isinstance(layer, dict) and layer.get("format") == FORMAT:
+        if METADATA_KEY not in metadata and isinstance(layer, dict) and layer.get("format") == FORMAT:
             return None
         kind = "no int8 file of QVD" if entry is None else "an int8 file of another program"
         raise QVDError(

@@ -104,8 +104,19 @@ class TestKey:
     def test_does_not_change_with_what_belongs_to_the_run(self, wan: ModelPatcher) -> None:
         clone = wan.clone()
         clone.set_attachments("other pack", object())
-        clone.model_options["transformer_options"]["mark"] = object()
         assert key(small(clone)) == key(small(wan))
+
+    def test_does_not_change_with_the_addresses_of_what_other_nodes_add(self, wan: ModelPatcher) -> None:
+        clones = [wan.clone(), wan.clone()]
+        for clone in clones:
+            clone.model_options["transformer_options"]["mark"] = object()
+        assert key(small(clones[0])) == key(small(clones[1]))
+
+    def test_changes_with_functions_and_modules_that_other_nodes_put_in(self, wan: ModelPatcher) -> None:
+        wrapped, replaced = wan.clone(), wan.clone()
+        wrapped.model_options["model_function_wrapper"] = print
+        replaced.object_patches["diffusion_model.blocks.0.ffn.0"] = torch.nn.Linear(2, 2)
+        assert len({key(small(model)) for model in (wan, wrapped, replaced)}) == 3
 
     def test_is_the_same_in_another_process(self, wan: ModelPatcher) -> None:
         """Nothing of it is an address; of an object that has no parts its class must do."""

@@ -254,7 +254,12 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], object], s
     "an unknown plan": (_described(plan=["sparse"]), "plan"),
     "a plan of no kind": (_described(plan=7), "plan"),
     "many steps": (_described(plan=["linear", "bias", "activation_scale", "steps:4000:timestep"]), "expected"),
-    "no metadata": (lambda t, m: m.clear(), "an int8 file of another program"),
+    "codes without a description": (lambda t, m: t.pop(f"{LAYER}.comfy_quant"), "belongs to no int8 layer"),
+    "a bias of one value": (_replace(f"{LAYER}.bias", lambda t: t[:1].clone()), "has a bias of"),
+    "an integer bias": (_replace(f"{LAYER}.bias", lambda t: t.to(torch.int8)), "has a bias of"),
+    "a kept layer of NaN": (_replace("head.head.weight", _spoiled(float("nan"))), "NaN or infinity"),
+    "a scale beyond any weight": (_replace(f"{LAYER}.weight_scale", _spoiled(3e38)), "beyond any weight"),
+    "a convolution of two dimensions": (_described(plan=["conv2d", "bias"]), "dimensions|lacks|belongs"),
     "no JSON in the metadata": (_text("{"), "an int8 file of another program"),
     "deep JSON in the metadata": (_text(DEEP), "an int8 file of another program"),
     "a list in the metadata": (_text("[]"), "an int8 file of another program"),
@@ -278,6 +283,15 @@ class TestHostile:
             load_patcher(path)
         assert str(path) in str(caught.value) or "file" in str(caught.value)
         assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+    def test_without_metadata_the_layers_tell_what_they_are(self, saved: Any, tmp_path: Path) -> None:
+        """Other programs, and ComfyUI's own save nodes, write none."""
+        save_file(saved[0], tmp_path / "a.safetensors", saved[1])
+        save_file(saved[0], tmp_path / "b.safetensors")
+        described, bare = (load_patcher(tmp_path / f"{name}.safetensors") for name in "ab")
+        one, other = described.model.state_dict(), bare.model.state_dict()
+        assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+        assert record_of(bare).spec == record_of(described).spec
 
     @pytest.mark.parametrize("keep", [0, 4, 8, 1000, -1])
     def test_cut_short(self, keep: int, saved: Any, tmp_path: Path) -> None:

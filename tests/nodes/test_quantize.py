@@ -10,12 +10,13 @@ import pytest
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from qvd_core import QuantSpec, quantize_model
 from qvd_core.errors import QVDError
 from qvd_nodes.layers import quantized_layers
-from qvd_nodes.quantize import quantize_patcher
+from qvd_nodes.quantize import COMPILE_WRAPPER, quantize_patcher
 from qvd_nodes.record import record_of
 from qvd_nodes.weights import denoiser, patched_tensor, patched_weights
 from tests.nodes import models
@@ -226,6 +227,35 @@ class TestRefused:
         with pytest.raises(error):
             quantize_patcher(patched, FAST)
         assert models.unchanged(wan, before)
+
+
+class TestOtherNodes:
+    def test_what_was_compiled_before_is_the_float_model_and_is_taken_off(self, wan: ModelPatcher) -> None:
+        compiled = wan.clone()
+        compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER, lambda executor, *args: executor(*args))
+        quantized = quantize_patcher(compiled, FAST)
+        assert not quantized.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER)
+        assert compiled.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_WRAPPER)
+
+    def test_a_float_part_that_would_take_the_place_of_int8_is_refused(self, wan: ModelPatcher) -> None:
+        replaced = wan.clone()
+        replaced.object_patches["diffusion_model.blocks.0"] = nn.Identity()
+        with pytest.raises(QVDError, match="behind QVD Quantize Model"):
+            quantize_patcher(replaced, FAST)
+
+    def test_merges_and_patches_see_the_float_bias(self, wan: ModelPatcher, scales_for: Any) -> None:
+        """Of a layer with a shift the stored bias holds the shift's share, which is another one in every MODEL."""
+        scales = scales_for()
+        layers = quantized_layers(denoiser(quantize_patcher(wan, scales.spec, scales)))
+        shifted = {name: layer for name, layer in layers.items() if layer.weight._params.input_shift is not None}
+        assert shifted
+        for name, layer in shifted.items():
+            own = denoiser(wan).get_submodule(name).bias
+            found = layer.convert_bias(layer.bias)
+            assert torch.allclose(found, own, atol=0.05)
+            assert torch.allclose(layer.set_bias(found, return_weight=True), layer.bias, atol=1e-5)
+            layer.set_weight(layer.convert_weight(layer.weight) * 0.5)
+            assert torch.allclose(layer.convert_bias(layer.bias), found, atol=0.05)
 
 
 class TestRecord:
