@@ -45,10 +45,10 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 def _whole(path: str | Path) -> Iterator[Path]:
     """The temporary file to write, which takes the name `path` at the end. Raises QVDError when that cannot be done."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise QVDError(f"cannot write {path}: it is a folder or a device; give the path of a file.")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        if path.exists() and not path.is_file():
+            raise QVDError(f"cannot write {path}: it is a folder or a device; give the path of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
