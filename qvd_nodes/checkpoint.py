@@ -115,7 +115,7 @@ def load_patcher(path: str | Path) -> ModelPatcher:
         if isinstance(error, (QVDError, torch.OutOfMemoryError)):
             raise
         raise QVDError(
-            f"{path} does not make a whole model ({type(error).__name__}: {str(error).splitlines()[0][:200]}): "
+            f"{path} does not make a whole model ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}): "
             "save it again."
         ) from error
     if patcher is None:
@@ -145,9 +145,7 @@ def _read_record(path: Path) -> Record | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             entry = next((key for key in file.keys() if key.endswith(".comfy_quant")), None)  # noqa: SIM118 - no mapping
-            layer = (
-                None if entry is None else _json(bytes(file.get_tensor(entry).flatten()[:LARGEST_DESCRIPTION].tolist()))
-            )
+            layer = None if entry is None else _entry(file.get_tensor(entry))
     except (OSError, SafetensorError) as error:
         raise QVDError(f"{path} is damaged or no safetensors file ({error}): download or save it again.") from error
     description = _json(metadata.get(METADATA_KEY, "null"))
@@ -164,6 +162,12 @@ def _read_record(path: Path) -> Record | None:
         raise QVDError(f"{path} has format {version}, this QVD reads up to {FORMAT_VERSION}: update QVD.")
     others = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
     return Record.from_dict(description, others)
+
+
+def _entry(tensor: Tensor) -> Any:
+    """What a `comfy_quant` entry says; None where it is no short uint8 text of JSON."""
+    readable = tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor.numel() <= LARGEST_DESCRIPTION
+    return _json(bytes(tensor.tolist())) if readable else None
 
 
 def _json(text: str | bytes) -> Any:
@@ -203,9 +207,9 @@ def _check_float(path: str | Path, name: str, tensor: Tensor) -> None:
 
 
 def _parse(entry: Tensor) -> tuple[Recipe, tuple[int, ...]]:
-    if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > LARGEST_DESCRIPTION:
-        raise QVDError(f"has a description of {entry.dtype} {list(entry.shape)}")
-    values = _json(bytes(entry.tolist()))
+    values = _entry(entry)
+    if values is None:
+        raise QVDError(f"has a description of {entry.dtype} {list(entry.shape)} that this QVD cannot read")
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
         raise QVDError("has a description that this QVD cannot read")
     shape = values.get("shape")

@@ -83,7 +83,12 @@ class QuantizedOp(nn.Module):
             ops.uncast_bias_weight(self, *cast)
 
     def _layer_of(self, weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLayer:
-        """The layer of the core with these tensors; the last one when they are the same."""
+        """The layer of the core with these tensors; the last one when they are the same and here to stay.
+
+        What was sent for one call is not kept: offloaded weights would pile up on the GPU.
+        """
+        if weight is not self.weight and weight is not self.__dict__.get("_v_weight"):
+            return inner_layer(self, weight, bias)
         return self._remembered((weight, weight._params.scale, bias, self.clock), weight.device, weight, bias)
 
     def _temporal_layer(self, device: torch.device) -> QuantizedLayer:
@@ -230,6 +235,7 @@ class QuantizedOp(nn.Module):
         PyTorch would write into a quantized tensor, and ComfyUI's way, to wrap every parameter anew, fails for the
         tensors of its inference mode when a model is moved outside of it.
         """
+        self.__dict__.pop("_known", None)  # it holds the tensors that were here before
         for name, parameter in self._parameters.items():
             if parameter is None:
                 continue
